@@ -1,0 +1,17 @@
+"""Exact, fast MAML-style meta-learning around a shared model: task samplers, inner loop, meta-gradient, adaptation curves."""
+
+__version__ = "0.1.0"
+
+from toolkit import algorithms
+from toolkit.curve import Curve
+from toolkit.engine import Metrics, Plan, meta_gradient
+from toolkit.errors import UserError
+from toolkit.evaluate import evaluate
+from toolkit.learner import Learner, Meta
+from toolkit.task import Batch, Task, TaskSampler, draw
+from toolkit.train import Record, State, train
+
+__all__ = [
+    "Batch", "Curve", "Learner", "Meta", "Metrics", "Plan", "Record", "State", "Task", "TaskSampler", "UserError",
+    "algorithms", "draw", "evaluate", "meta_gradient", "train",
+]  # fmt: skip

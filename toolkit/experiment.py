@@ -1,0 +1,249 @@
+"""The harness of every experiment: flags in; training, validation, checkpoints, test, figures and a run folder out."""
+
+import json
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from toolkit.engine import Plan, default_plan
+from toolkit.errors import UserError
+from toolkit.evaluate import evaluate, predictions
+from toolkit.flags import Flags
+from toolkit.learner import Learner, Meta
+from toolkit.metrics import HIGHER_IS_BETTER
+from toolkit.runs import checkpoint
+from toolkit.runs.folder import Run, config_hash, prepare, write_json
+from toolkit.runs.summary import code_version, summarise, table
+from toolkit.task import TaskSampler, draw, move, take
+from toolkit.train import NotFinite, Record, State, train
+from toolkit.tree import numel
+
+log = logging.getLogger("toolkit")
+ROWS = 1000  # training rows in metrics.jsonl at most, so that the file stays small however long the run
+SHOWN_STEPS = (0, 1, 5, 10)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training leaves: the meta-parameters chosen on validation tasks, where they come from, what it cost."""
+
+    best: Meta
+    selected: dict[str, float]
+    seconds: float
+
+
+def run(
+    flags: Flags,
+    experiment: str,
+    learner: Learner,
+    training: TaskSampler,
+    validation: TaskSampler,
+    test: TaskSampler,
+    chance: float | None = None,
+) -> Run:
+    """Trains, chooses the checkpoint on validation tasks, tests it on fixed test tasks, and fills the run folder.
+
+    `chance` is the accuracy of guessing. Returns the finished run. Raises UserError for bad flags before anything is
+    computed, and when the loss is no longer finite. Ctrl-C finishes the step, saves, says how to resume and exits.
+    """
+    check(flags)
+    git = code_version()  # now: the files may change while the run goes on
+    config = {"experiment": experiment} | {k: str(v) if isinstance(v, Path) else v for k, v in asdict(flags).items()}
+    plan = _plan(flags, learner, training)
+    folder = flags.out or Path("results") / experiment / flags.run_name
+    finished = prepare(folder, config, flags.resume, flags.overwrite)
+    log.info("%s on %s, %s", learner.name, flags.sampler, _describe(learner, plan))
+    outcome = _train(flags, folder, learner, training, validation, plan, config_hash(config))
+    with tqdm(total=flags.eval_tasks, desc="test", unit="task") as bar:
+        curve = evaluate(learner, outcome.best, test, flags.eval_tasks, flags.eval_steps, flags.eval_seed, progress=bar.update)
+    write_json(folder / "curve.json", curve.to_json())
+    _write_example(folder, flags, learner, outcome.best, test)
+    summary = summarise(config, learner, plan, curve, outcome.seconds, outcome.selected, chance, git)
+    write_json(folder / "summary.json", summary)
+    from toolkit.plots.save import draw_run
+
+    draw_run(folder)
+    print(table(summary))
+    print(f"run folder: {folder} (summary.json, curve.json, adaptation.png, training.png, ...)")
+    return finished
+
+
+def check(flags: Flags) -> None:
+    """Raises UserError for a number that can never work, and for a device that is not there."""
+    for name in ("tasks", "iterations", "val_tasks", "validate_every", "eval_tasks", "shots", "queries", "eval_queries"):
+        if getattr(flags, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(flags, name)}; give at least 1")
+    for name in ("inner_steps", "eval_steps"):
+        if getattr(flags, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(flags, name)}; give 0 or more")
+    for name in ("inner_lr", "meta_lr"):
+        if not 0 < getattr(flags, name) < float("inf"):
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(flags, name)}; give a positive number")
+    try:
+        torch.empty(0, device=flags.device)
+    except (RuntimeError, AssertionError):
+        usable = "cpu, cuda" if torch.cuda.is_available() else "cpu"
+        raise UserError(f"--device {flags.device} is not usable here; use one of: {usable}") from None
+
+
+def _plan(flags: Flags, learner: Learner, training: TaskSampler) -> Plan:
+    if flags.map != "auto":
+        plan = Plan(flags.map, flags.chunk)
+    elif flags.compile:
+        plan = Plan("vmap", flags.chunk)
+    else:
+        batch = draw(training, flags.tasks, flags.seed)
+        plan = default_plan(learner, move(batch, flags.device))
+        plan = replace(plan, chunk=flags.chunk or plan.chunk)
+    return replace(plan, memory=flags.memory, compile=flags.compile)
+
+
+def _describe(learner: Learner, plan: Plan) -> str:
+    params = learner.init().params
+    moving = numel(learner.adapted(params))
+    return (
+        f"{numel(params):,} parameters of which {moving:,} adapt, plan: {plan.map}, {plan.memory}"
+        + (f", {plan.chunk} tasks a piece" if plan.chunk else "")
+        + (", compiled (the first iteration takes tens of seconds)" if plan.compile else "")
+    )
+
+
+def _train(
+    flags: Flags, folder: Path, learner: Learner, training: TaskSampler, validation: TaskSampler, plan: Plan, identity: str
+) -> Outcome:
+    """Training with validation, checkpoints, progress and metrics; starts from the newest checkpoint if there is one."""
+    checkpoints, metrics = folder / "checkpoints", folder / "metrics.jsonl"
+    loaded = checkpoint.load_newest(checkpoints, identity)
+    if loaded:
+        best, saved = loaded
+        start: State | None = State(saved["iteration"], Meta(**saved["meta"]), saved["optimizer"])
+        selected, before = saved["selected"], saved["seconds"]
+        with open(metrics, "rb+") as file:
+            file.truncate(saved["metrics_bytes"])
+        log.info("going on after iteration %d", saved["iteration"])
+    else:
+        best, start, selected, before = learner.init(), None, {}, 0.0
+        metrics.write_bytes(b"")
+    began = time.perf_counter()
+    every = max(1, flags.iterations // ROWS)
+    window: list[Record] = []
+    state = start
+
+    def write(row: dict[str, float]) -> None:
+        with open(metrics, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def flush() -> None:
+        if window:
+            loss, metric = (sum(r[i] for r in window) / len(window) for i in (1, 2))
+            seconds = round(before + time.perf_counter() - began, 3)
+            write({"iteration": window[-1].iteration, "loss": loss, "metric": metric, "seconds": seconds})
+            window.clear()
+
+    def save(state: State) -> None:
+        flush()
+        content = {
+            "iteration": state.iteration, "meta": state.meta._asdict(), "optimizer": state.optimizer, "selected": selected,
+            "seconds": before + time.perf_counter() - began, "metrics_bytes": metrics.stat().st_size,
+        }  # fmt: skip
+        checkpoint.save(checkpoints, state.iteration, best, content, identity)
+
+    records = train(
+        learner, training, flags.iterations, flags.tasks, flags.meta_lr, flags.seed, plan, start, flags.device
+    )
+    done = start.iteration if start else 0
+    bar = tqdm(total=flags.iterations, initial=done, desc="train", unit="it", disable=done == flags.iterations)
+    with bar, _stop_signals() as stopped:
+        try:
+            for record in records:
+                window.append(record)
+                state = record.state
+                bar.update()
+                last = record.iteration == flags.iterations
+                if len(window) >= every or last:
+                    _show(bar, window, learner, flags.tasks)
+                    flush()
+                if record.iteration % flags.validate_every == 0 or last:
+                    row = _validate(flags, learner, record.meta, validation)
+                    write({"iteration": record.iteration} | row)
+                    if _better(row, selected, learner):
+                        selected = {"iteration": record.iteration} | row
+                        best = Meta(*({n: t.detach().clone() for n, t in tree.items()} for tree in record.meta))
+                    save(record.state)
+                elif stopped:
+                    save(record.state)
+                if stopped and not last:
+                    bar.close()
+                    log.info("stopped after iteration %d; the same command with --resume goes on", record.iteration)
+                    sys.exit(128 + stopped[0])
+        except NotFinite as error:
+            if state:
+                save(state)
+            raise UserError(f"{error}; everything up to iteration {state.iteration if state else 0} is saved") from None
+    return Outcome(best, selected, before + time.perf_counter() - began)
+
+
+def _show(bar: "tqdm[Any]", window: list[Record], learner: Learner, tasks: int) -> None:
+    n = len(window)
+    shown = {"loss": f"{sum(r.loss for r in window) / n:.3f}", "tasks/s": f"{tasks * n / sum(r.seconds for r in window):.0f}"}
+    if learner.metric_name != "squared error":
+        shown[learner.metric_name] = f"{sum(r.metric for r in window) / n:.3f}"
+    bar.set_postfix(shown, refresh=False)
+
+
+def _validate(flags: Flags, learner: Learner, meta: Meta, validation: TaskSampler) -> dict[str, float]:
+    curve = evaluate(learner, meta, validation, flags.val_tasks, learner.steps, flags.eval_seed, "val")
+    means = {"val_loss": curve.mean(curve.loss), "val_metric": curve.mean(), "val_ci95": curve.ci95()}
+    row = {key: float(values[-1]) for key, values in means.items()}
+    return {key: value for key, value in row.items() if value == value}
+
+
+def _better(row: dict[str, float], selected: dict[str, float], learner: Learner) -> bool:
+    if "val_metric" not in row:
+        return not selected
+    sign = 1 if learner.metric_name in HIGHER_IS_BETTER else -1
+    return "val_metric" not in selected or sign * row["val_metric"] > sign * selected["val_metric"]
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of dying of them; a second SIGINT interrupts at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    previous: dict[int, Callable[..., Any] | int | None] = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, note)
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _write_example(folder: Path, flags: Flags, learner: Learner, meta: Meta, test: TaskSampler) -> None:
+    """One test task with the predictions after some numbers of steps, for the picture of a task."""
+    from safetensors.torch import save_file
+
+    task = take(draw(test, 1, flags.eval_seed, split="test"), 0)
+    steps = tuple(sorted({k for k in (*SHOWN_STEPS, learner.steps) if k <= max(flags.eval_steps, learner.steps)}))
+    tensors = {
+        "support_x": task.support.x, "support_y": task.support.y, "query_x": task.query.x, "query_y": task.query.y,
+        "steps": torch.tensor(steps), "predictions": predictions(learner, meta, move(task, flags.device), steps),
+    }  # fmt: skip
+    if all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "example.safetensors")

@@ -1,0 +1,134 @@
+"""The command line: flags that all experiments share, presets, and errors as one sentence."""
+
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from toolkit.errors import UserError, unknown
+
+log = logging.getLogger("toolkit")
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Flags that every experiment shares, under the same names."""
+
+    algorithm: str = "maml"
+    """Method: maml, fomaml or anil."""
+    sampler: str = ""
+    """Where the tasks come from."""
+    shots: int = 1
+    """Support examples (per class)."""
+    queries: int = 1
+    """Query examples (per class) in training."""
+    eval_queries: int = 15
+    """Query examples (per class) in validation and test."""
+    inner_lr: float = 0.4
+    """Learning rate of the inner loop."""
+    inner_steps: int = 1
+    """Inner steps in training and validation."""
+    meta_lr: float = 1e-3
+    """Learning rate of the outer loop (Adam)."""
+    tasks: int = 32
+    """Tasks per meta-update (meta-batch)."""
+    iterations: int = 60_000
+    """Meta-updates."""
+    val_tasks: int = 100
+    """Validation tasks for choosing the checkpoint."""
+    validate_every: int = 500
+    """Iterations between validations; each also writes a checkpoint."""
+    eval_tasks: int = 600
+    """Test tasks."""
+    eval_steps: int = 10
+    """Inner steps at test time; the curve has a point after each."""
+    eval_seed: int = 0
+    """Seed of the validation and test tasks; keep it, and every run is judged on the same tasks."""
+    seed: int = 0
+    """Seed of the initial weights and of the training tasks."""
+    device: str = "cpu"
+    """Where to compute: cpu, cuda, cuda:1, ..."""
+    map: Literal["auto", "vmap", "loop", "threads"] = "auto"
+    """How tasks are mapped; auto picks by the model and the device."""
+    chunk: int | None = None
+    """Tasks per piece of the meta-batch; smaller needs less memory."""
+    memory: Literal["unroll", "recompute"] = "unroll"
+    """recompute: memory nearly flat in the number of inner steps, at more time."""
+    compile: bool = False
+    """Compile the meta-gradient: tens of seconds first, then faster."""
+    out: Path | None = None
+    """Run folder; by default results/<experiment>/<name made from the flags>."""
+    resume: bool = False
+    """Continue the run in the run folder from its newest checkpoint, if there is one."""
+    overwrite: bool = False
+    """Replace the run in the run folder."""
+    debug: bool = False
+    """Show the traceback of an error."""
+    preset: str = "default"
+    """A named set of other flags; single flags still win."""
+
+    @property
+    def run_name(self) -> str:
+        """The run folder's default name."""
+        return f"{self.algorithm}-{self.sampler}-{self.shots}s-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class EpisodeFlags(Flags):
+    """Flags of experiments on N-way K-shot classification."""
+
+    ways: int = 5
+    """Classes per task."""
+    batch_norm: str = "batch"
+    """Batch-norm policy: batch (transductive), support or running."""
+    data_root: Path = Path("data")
+    """Folder that holds the data sets, in torchvision's layout."""
+    download: bool = False
+    """Download the data set into the data root if it is not there."""
+
+    @property
+    def run_name(self) -> str:
+        return f"{self.algorithm}-{self.sampler}-{self.ways}w{self.shots}s-seed{self.seed}"
+
+
+F = TypeVar("F", bound=Flags)
+
+
+def launch(flags_type: type[F], body: Callable[[F], object], presets: dict[str, dict[str, Any]], doc: str) -> None:
+    """Parses the command line into `flags_type` and calls `body`. A UserError becomes one sentence and exit code 2."""
+    import tyro
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log.setLevel(logging.INFO)
+    try:
+        default = replace(flags_type(), **_preset(presets, sys.argv[1:]))
+        flags = tyro.cli(flags_type, default=default, description=doc)
+    except UserError as error:
+        sys.exit(_say(error))
+    try:
+        body(flags)
+    except UserError as error:
+        if flags.debug:
+            raise
+        sys.exit(_say(error))
+
+
+def _say(error: UserError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+def _preset(presets: dict[str, dict[str, Any]], arguments: list[str]) -> dict[str, Any]:
+    name = "default"
+    for i, argument in enumerate(arguments):
+        if argument == "--preset" and i + 1 < len(arguments):
+            name = arguments[i + 1]
+        elif argument.startswith("--preset="):
+            name = argument.removeprefix("--preset=")
+    if name == "default":
+        return {}
+    if name not in presets:
+        raise unknown("preset", name, ["default", *presets])
+    return presets[name] | {"preset": name}

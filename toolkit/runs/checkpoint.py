@@ -1,0 +1,113 @@
+"""Checkpoints that survive a kill at any moment and notice a flipped bit.
+
+A checkpoint is a folder `step-<iteration>` with `weights.safetensors` (what to share), `state.pt` (what a resume needs) and
+`manifest.json` (format, size and SHA-256 of each). It is written under a temporary name, synced, and renamed when whole. The
+reader takes the newest folder that verifies; it never runs code from a file (`weights_only=True`).
+"""
+
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toolkit.errors import UserError
+from toolkit.learner import Meta
+
+log = logging.getLogger("toolkit")
+FORMAT = 1
+KEPT = 2
+
+
+def save(folder: Path, iteration: int, weights: Meta, state: dict[str, Any], config_hash: str) -> Path:
+    """Writes one checkpoint and removes all but the newest two. An error of the disk is raised, never swallowed."""
+    from safetensors.torch import save as to_bytes
+
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    files = {"weights.safetensors": to_bytes(flatten(weights)), "state.pt": buffer.getvalue()}
+    listing = {n: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for n, data in files.items()}
+    manifest = {"format": FORMAT, "iteration": iteration, "config_hash": config_hash, "files": listing}
+    files["manifest.json"] = json.dumps(manifest, indent=2).encode()
+
+    final, temporary = folder / f"step-{iteration:08d}", folder / f".step-{iteration:08d}.tmp"
+    for leftover in folder.glob(".step-*.tmp"):
+        shutil.rmtree(leftover)
+    temporary.mkdir(parents=True)
+    for name, data in files.items():
+        with open(temporary / name, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    _sync(temporary)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(temporary, final)
+    _sync(folder)
+    for old in sorted(folder.glob("step-*"))[:-KEPT]:
+        shutil.rmtree(old)
+    return final
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def load_newest(folder: Path, config_hash: str | None = None) -> tuple[Meta, dict[str, Any]] | None:
+    """(weights, state) of the newest checkpoint that verifies, None when there is none at all.
+
+    Damaged ones are skipped with a warning that says why. Raises UserError when all are damaged, or when the newest good one
+    belongs to another configuration.
+    """
+    found = sorted(folder.glob("step-*"), reverse=True)
+    for path in found:
+        try:
+            manifest, files = _verified(path)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            log.warning("skipping the checkpoint %s: %s", path, error)
+            continue
+        if manifest["format"] != FORMAT:
+            raise UserError(f"{path} has checkpoint format {manifest['format']}, this version reads {FORMAT}; use the version that wrote it")
+        if config_hash is not None and manifest["config_hash"] != config_hash:
+            raise UserError(f"{path} belongs to another configuration; resume with the flags in the run's config.json")
+        from safetensors.torch import load
+
+        state = torch.load(io.BytesIO(files["state.pt"]), weights_only=True)
+        return unflatten(load(files["weights.safetensors"])), state
+    if found:
+        raise UserError(f"no checkpoint in {folder} is whole; start again with --overwrite")
+    return None
+
+
+def _verified(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    manifest = json.loads((path / "manifest.json").read_text())
+    files = {}
+    for name in ("weights.safetensors", "state.pt"):
+        files[name] = (path / name).read_bytes()
+        if hashlib.sha256(files[name]).hexdigest() != manifest["files"][name]["sha256"]:
+            raise ValueError(f"{name} does not match its checksum")
+    return manifest, files
+
+
+def flatten(meta: Meta) -> dict[str, Tensor]:
+    """Meta-parameters as one flat dict with the names "params/..." and "learned/..."."""
+    return {f"{part}/{name}": tensor.contiguous() for part, tree in meta._asdict().items() for name, tensor in tree.items()}
+
+
+def unflatten(tensors: dict[str, Tensor]) -> Meta:
+    """The inverse of `flatten`."""
+    trees: dict[str, dict[str, Tensor]] = {part: {} for part in Meta._fields}
+    for key, tensor in tensors.items():
+        part, name = key.split("/", 1)
+        trees[part][name] = tensor
+    return Meta(**trees)

@@ -1,0 +1,123 @@
+"""A run folder: what is in it, how it is read, how each file is written.
+
+    config.json          what was asked for            curve.json            every test task after 0..S inner steps
+    metrics.jsonl        one line per log interval     summary.json          the result in one page (keys: see `Run`)
+    example.safetensors  one test task with predictions                      checkpoints/  see `toolkit.runs.checkpoint`
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from toolkit.curve import Curve
+from toolkit.data.cache import replace
+from toolkit.errors import UserError
+
+# These say where a run is kept and how it is watched; they cannot change its numbers.
+NOT_HASHED = ("out", "resume", "overwrite", "debug", "data_root", "download", "preset")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, read lazily; every reader raises UserError with one sentence when its file is missing or damaged."""
+
+    path: Path
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The flags of the run, by name."""
+        return self._json("config.json")
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """experiment, algorithm, sampler, seed, test {tasks, steps, metric, mean, ci95, median, loss}, cost, versions, ..."""
+        return self._json("summary.json")
+
+    @cached_property
+    def curve(self) -> Curve:
+        """The test curve, every task."""
+        return Curve.from_json(self._json("curve.json"))
+
+    @cached_property
+    def metrics(self) -> list[dict[str, float]]:
+        """Training rows {iteration, loss, metric, seconds} and validation rows {iteration, val_loss, val_metric, val_ci95}."""
+        try:
+            return [json.loads(line) for line in self._read("metrics.jsonl").splitlines()]
+        except json.JSONDecodeError as error:
+            raise UserError(f"{self.path / 'metrics.jsonl'} is damaged ({error}); restore it or repeat the run") from None
+
+    @cached_property
+    def example(self) -> dict[str, Tensor]:
+        """One test task: support_x, support_y, query_x, query_y, `steps` (shown,), predictions (shown, queries, outputs)."""
+        from safetensors.torch import load
+
+        try:
+            return load((self.path / "example.safetensors").read_bytes())
+        except FileNotFoundError:
+            raise self._missing("example.safetensors") from None
+
+    def _read(self, name: str) -> str:
+        try:
+            return (self.path / name).read_text()
+        except FileNotFoundError:
+            raise self._missing(name) from None
+
+    def _json(self, name: str) -> dict[str, Any]:
+        try:
+            data: dict[str, Any] = json.loads(self._read(name))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{self.path / name} is damaged ({error}); restore it or repeat the run") from None
+        return data
+
+    def _missing(self, name: str) -> UserError:
+        if not self.path.is_dir():
+            return UserError(f"there is no run folder {self.path}; give the folder that holds config.json")
+        return UserError(f"{self.path} has no {name}; the run has not come so far, continue it with --resume")
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Writes `data` as JSON, whole or not at all. Numbers are kept exactly; NaN is refused."""
+    replace(path, (json.dumps(data, indent=None if "curve" in path.name else 2, allow_nan=False) + "\n").encode())
+
+
+def config_hash(config: dict[str, Any]) -> str:
+    """Identifies the part of a configuration that decides the numbers."""
+    kept = {key: value for key, value in config.items() if key not in NOT_HASHED}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def prepare(path: Path, config: dict[str, Any], resume: bool, overwrite: bool) -> Run:
+    """The run folder for `config`, made when it is not there.
+
+    Raises UserError when the folder exists and neither `resume` nor `overwrite` was asked for, when it is no run folder, or
+    when it was made with another configuration.
+    """
+    run = Run(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if not (path / "config.json").exists():
+            raise UserError(f"{path} exists and is not a run folder; choose another place with --out")
+        if not (resume or overwrite):
+            raise UserError(f"the run folder {path} exists; continue it with --resume, replace it with --overwrite, or choose --out")
+        if overwrite and not resume:
+            shutil.rmtree(path)
+        else:
+            _check_same(run.config, config, path)
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(path / "config.json", config)
+    return run
+
+
+def _check_same(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
+    for key in sorted(set(old) | set(new)):
+        if key not in NOT_HASHED and old.get(key) != new.get(key):
+            flag = "--" + key.replace("_", "-")
+            raise UserError(
+                f"{path} was made with {flag} {old.get(key)}, not {new.get(key)}; "
+                f"resume with the same flags, or choose another --out"
+            )

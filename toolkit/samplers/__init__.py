@@ -1,0 +1,7 @@
+"""Task samplers: each family in a file of its own, all obeying the `TaskSampler` protocol of `toolkit.task`."""
+
+from toolkit.samplers.episodes import Episodes
+from toolkit.samplers.linear import Linear
+from toolkit.samplers.sinusoid import Sinusoid
+
+__all__ = ["Episodes", "Linear", "Sinusoid"]

@@ -1,0 +1,109 @@
+"""What a task is, what a task sampler is, and how numbered tasks are drawn from one.
+
+Task *i* of a stream is a pure function of (seed, split, *i*): every task has a generator of its own, seeded by a hash of
+the three. So the meta-batch size, the number of processes and the point of a resume cannot change any task.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from toolkit.errors import UserError
+
+Input = Tensor | dict[str, Tensor]
+T = TypeVar("T")
+
+
+class Batch(NamedTuple):
+    """Examples `x` (shape (examples, ...), or a dict of such) and their targets `y` (shape (examples, ...))."""
+
+    x: Input
+    y: Tensor
+
+
+class Task(NamedTuple):
+    """A `support` set to adapt on and a `query` set to be judged on.
+
+    A batch of tasks has the same type; every tensor then has one more leading axis, the task axis.
+    """
+
+    support: Batch
+    query: Batch
+
+
+class TaskSampler(Protocol):
+    """Any callable that makes one task, with all its randomness from `generator`.
+
+    It may also offer `draw_many(generators) -> Task`, which returns a batch of tasks, one for each generator, equal to
+    calling it on each. The generators must be used one after the other: each is only valid until the next is taken.
+    """
+
+    def __call__(self, generator: torch.Generator) -> Task: ...
+
+
+def stream_seed(seed: int, split: str, index: int) -> int:
+    """The 63-bit seed of task `index` of stream (`seed`, `split`): a hash, so that streams do not overlap."""
+    digest = hashlib.blake2b(f"{seed}/{split}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def generators(seed: int, split: str, indices: Iterable[int]) -> Iterator[torch.Generator]:
+    """One generator after the other, seeded for each task index; the same object is reseeded, which is fast."""
+    generator = torch.Generator()
+    for index in indices:
+        generator.manual_seed(stream_seed(seed, split, index))
+        yield generator
+
+
+def draw(sampler: TaskSampler, tasks: int, seed: int, start: int = 0, split: str = "train") -> Task:
+    """Tasks `start` .. `start + tasks - 1` of the stream (`seed`, `split`) of `sampler`, as a batch of tasks.
+
+    Raises UserError when the tasks of a plain sampler differ in shape and so cannot be stacked.
+    """
+    if tasks < 1:
+        raise UserError(f"cannot draw {tasks} tasks; ask for at least 1")
+    streams = generators(seed, split, range(start, start + tasks))
+    many: Callable[[Iterator[torch.Generator]], Task] | None = getattr(sampler, "draw_many", None)
+    if many is not None:
+        return many(streams)
+    drawn = [sampler(generator) for generator in streams]
+    try:
+        return stack(drawn)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"tasks {start} to {start + tasks - 1} of the sampler differ in shape and cannot be stacked ({error}); "
+            "give every task the same ways, shots and queries"
+        ) from None
+
+
+def stack(tasks: list[Task]) -> Task:
+    """Tasks of equal shapes as one batch of tasks."""
+    return pytree.tree_map(lambda *tensors: torch.stack(tensors), *tasks)
+
+
+def take(tasks: T, index: int | slice) -> T:
+    """One task (int) or some tasks (slice) of a batch of tasks."""
+    return pytree.tree_map(lambda tensor: tensor[index], tasks)
+
+
+def count(tasks: Task) -> int:
+    """The number of tasks in a batch of tasks."""
+    return tasks.support.y.shape[0]
+
+
+def move(tasks: T, device: torch.device | str) -> T:
+    """The same tasks on `device`."""
+    return pytree.tree_map(lambda tensor: tensor.to(device, non_blocking=True), tasks)
+
+
+def fingerprint(tasks: Task, digest: "hashlib._Hash") -> None:
+    """Feeds the content of each task, in task order, to `digest`; how tasks were batched does not matter."""
+    leaves = [tensor.cpu().contiguous() for tensor in pytree.tree_leaves(tasks)]
+    for i in range(count(tasks)):
+        for tensor in leaves:
+            digest.update(f"{tensor.dtype}{tuple(tensor.shape[1:])}".encode())
+            digest.update(tensor[i].numpy().tobytes())

@@ -1,0 +1,90 @@
+"""The outer loop, as a generator of records: whoever iterates decides when to validate, to save and to stop."""
+
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.utils import get_total_norm
+from torch.utils import _pytree as pytree
+
+from toolkit.engine import Plan, default_plan, draws_randomly, gradient_function
+from toolkit.errors import UserError
+from toolkit.learner import Learner, Meta
+from toolkit.task import TaskSampler, draw, move, stream_seed
+
+
+class State(NamedTuple):
+    """All that the outer loop needs to go on bit for bit: iterations done, meta-parameters, optimiser state."""
+
+    iteration: int
+    meta: Meta
+    optimizer: dict[str, Any]
+
+
+class Record(NamedTuple):
+    """One iteration: its number (from 1), the mean query `loss` and `metric` over the meta-batch before the update, the
+    seconds it took, and the `state` after the update. `state` and `meta` are live: copy what must survive the next one."""
+
+    iteration: int
+    loss: float
+    metric: float
+    seconds: float
+    state: State
+
+    @property
+    def meta(self) -> Meta:
+        """The meta-parameters after this iteration."""
+        return self.state.meta
+
+
+class NotFinite(UserError):
+    """The loss or the meta-gradient is no longer finite; the meta-parameters were not updated with it."""
+
+
+def train(
+    learner: Learner,
+    sampler: TaskSampler,
+    iterations: int,
+    tasks: int,
+    meta_lr: float,
+    seed: int = 0,
+    plan: Plan | None = None,
+    start: State | None = None,
+    device: str | torch.device = "cpu",
+) -> Iterator[Record]:
+    """Meta-training with Adam: iteration i takes tasks i * `tasks` .. (i + 1) * `tasks` - 1 of the stream (`seed`, "train").
+
+    Continues from `start` when given, else from `learner.init()`. Yields one record per iteration; the last holds the trained
+    `meta`. Raises NotFinite with the iteration and the task as soon as a loss or the meta-gradient is not finite.
+    """
+    if iterations < 1 or tasks < 1 or meta_lr <= 0:
+        raise UserError(f"{iterations} iterations of {tasks} tasks at meta lr {meta_lr}; each must be positive")
+    meta = pytree.tree_map(lambda tensor: tensor.detach().clone().to(device), start.meta if start else learner.init())
+    leaves = pytree.tree_leaves(meta)
+    optimizer = torch.optim.Adam(leaves, lr=meta_lr, fused=True)
+    if start:
+        optimizer.load_state_dict(start.optimizer)
+    random = draws_randomly(learner)
+    for i in range(start.iteration if start else 0, iterations):
+        began = time.perf_counter()
+        batch = move(draw(sampler, tasks, seed, i * tasks), device)
+        plan = plan or default_plan(learner, batch)
+        with torch.random.fork_rng(enabled=random):
+            if random:
+                torch.manual_seed(stream_seed(seed, "dropout", i))
+            grads, metrics = gradient_function(learner, plan)(meta, batch)
+        gradients = pytree.tree_leaves(grads)
+        if not torch.isfinite(metrics.loss + get_total_norm(gradients)):
+            raise _not_finite(i, tasks, metrics.task_loss)
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            leaf.grad = gradient
+        optimizer.step()
+        state = State(i + 1, meta, optimizer.state_dict())
+        yield Record(i + 1, metrics.loss.item(), metrics.metric.item(), time.perf_counter() - began, state)
+
+
+def _not_finite(iteration: int, tasks: int, task_loss: torch.Tensor) -> NotFinite:
+    bad = (~task_loss.isfinite()).nonzero().flatten().tolist()
+    what = f"the loss of task {iteration * tasks + bad[0]} is {task_loss[bad[0]].item()}" if bad else "the meta-gradient is not finite"
+    return NotFinite(f"iteration {iteration + 1}: {what}; lower --inner-lr or --meta-lr, or look at this task's data")

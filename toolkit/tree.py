@@ -1,0 +1,38 @@
+"""Operations on `Params`: flat dicts from parameter name to tensor, the only container of weights in this toolkit."""
+
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+Params = dict[str, Tensor]
+Selection = str | tuple[str, ...] | Callable[[str], bool]
+
+
+def tree_map(function: Callable[..., Tensor], *trees: Params) -> Params:
+    """`function` of the tensors of the same name."""
+    return {name: function(*(tree[name] for tree in trees)) for name in trees[0]}
+
+
+def detach(tree: Params) -> Params:
+    """The same values, cut off from the graph."""
+    return {name: tensor.detach() for name, tensor in tree.items()}
+
+
+def matches(name: str, selection: Selection) -> bool:
+    """Whether a glob pattern, one of several patterns, or a predicate selects this parameter name."""
+    if callable(selection):
+        return bool(selection(name))
+    patterns = (selection,) if isinstance(selection, str) else selection
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def numel(tree: Params) -> int:
+    """The number of scalars in a tree."""
+    return sum(tensor.numel() for tensor in tree.values())
+
+
+def norm(tree: Params) -> Tensor:
+    """The Euclidean norm of all scalars of a tree together."""
+    return torch.stack([tensor.double().square().sum() for tensor in tree.values()]).sum().sqrt()
