@@ -20,7 +20,7 @@ from toolkit.data.omniglot import omniglot
 from toolkit.errors import unknown
 from toolkit.experiment import run
 from toolkit.flags import EpisodeFlags, launch
-from toolkit.models import conv4
+from toolkit.models import classifier
 from toolkit.samplers import Episodes
 
 PROTOCOLS = {"omniglot-vinyals": "vinyals", "omniglot-background": "background"}
@@ -33,6 +33,8 @@ class Config(EpisodeFlags):
 
     sampler: str = "omniglot-vinyals"
     """omniglot-vinyals (1,028/172/423 characters) or omniglot-background (Lake's alphabets, harder)."""
+    model: str = "conv4"
+    """conv4 (stride 2, the paper's) or conv4-pool."""
     eval_queries: int = 1
     iterations: int = 12_000
     val_tasks: int = 200
@@ -50,7 +52,7 @@ def main(config: Config) -> None:
         return Episodes(bank, config.ways, config.shots, queries)
 
     learner = algorithms.build(
-        config.algorithm, conv4(config.ways, seed=config.seed),
+        config.algorithm, classifier(config.model, config.ways, config.seed),
         inner_lr=config.inner_lr, inner_steps=config.inner_steps, batch_norm=config.batch_norm,
     )  # fmt: skip
     run(

@@ -20,6 +20,8 @@ class Flags:
     """Method: maml, fomaml or anil."""
     sampler: str = ""
     """Where the tasks come from."""
+    model: str = "conv4"
+    """Network."""
     shots: int = 1
     """Support examples (per class)."""
     queries: int = 1

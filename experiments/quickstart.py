@@ -1,0 +1,56 @@
+"""What does meta-learning buy on characters of scripts that were never seen?
+
+MAML (Finn et al. 2017) on `glyphs`: characters rendered from the fonts that matplotlib ships, so nothing is downloaded.
+Trained on Latin, Greek, Cyrillic, Canadian syllabics and others; tested on Georgian, Arabic, Lao, Tifinagh and Hebrew.
+
+    python experiments/quickstart.py          (`make demo` runs this in a fresh environment)
+
+Expected: 5-way 1-shot accuracy rises from chance (20 %) before adaptation to EXPECTED within two minutes on two CPU cores.
+"""
+
+from dataclasses import dataclass
+
+from toolkit import algorithms
+from toolkit.data.glyphs import glyphs
+from toolkit.errors import unknown
+from toolkit.experiment import run
+from toolkit.flags import EpisodeFlags, launch
+from toolkit.models import classifier
+from toolkit.samplers import Episodes
+
+
+@dataclass(frozen=True)
+class Config(EpisodeFlags):
+    """Few-shot classification of rendered characters."""
+
+    sampler: str = "glyphs"
+    """glyphs."""
+    model: str = "conv4"
+    """conv4 (stride 2) or conv4-pool."""
+    inner_steps: int = 1
+    tasks: int = 16
+    queries: int = 5
+    eval_queries: int = 5
+    iterations: int = 400
+    validate_every: int = 100
+
+
+def main(config: Config) -> None:
+    if config.sampler != "glyphs":
+        raise unknown("sampler", config.sampler, ["glyphs"])
+
+    def episodes(split: str, queries: int) -> Episodes:
+        return Episodes(glyphs(split), config.ways, config.shots, queries)
+
+    learner = algorithms.build(
+        config.algorithm, classifier(config.model, config.ways, config.seed),
+        inner_lr=config.inner_lr, inner_steps=config.inner_steps, batch_norm=config.batch_norm,
+    )  # fmt: skip
+    run(
+        config, "quickstart", learner, episodes("train", config.queries), episodes("val", config.eval_queries),
+        episodes("test", config.eval_queries), chance=1 / config.ways,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    launch(Config, main, {}, __doc__)
