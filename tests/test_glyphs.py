@@ -80,17 +80,17 @@ def test_images_of_a_class_resemble_each_other(banks: dict[str, ClassBank]) -> N
     assert nearest.eq(torch.arange(bank.classes)[:, None]).float().mean() > 0.3
 
 
-def test_rendering_repeats_and_leaves_the_global_generator_alone() -> None:
-    before = torch.get_rng_state()
+def test_rendering_repeats_and_leaves_global_state_alone() -> None:
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
     first = render(CODES, 28)
     assert torch.equal(first, render(CODES[::-1], 28).flip(0))
-    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(before, torch.get_rng_state()) and torch.get_num_threads() == threads
 
 
 def test_other_sizes_show_the_same_shapes() -> None:
     small, large = render([0x10D1], 28), render([0x10D1], 56)
     shrunk = torch.nn.functional.avg_pool2d(large[0].float(), 2)
-    assert (shrunk - small[0].float()).abs().mean() < 10
+    assert (shrunk - small[0].float()).abs().mean() < 5
 
 
 def test_only_faces_that_cover_a_character_are_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,8 @@ All take the model first and share these arguments: `loss` and `metric` of (pred
 `rule`, which replaces plain gradient descent with `inner_lr`.
 """
 
+from collections.abc import Callable
+
 from torch import nn
 
 from toolkit.errors import unknown
@@ -44,11 +46,11 @@ def anil(model: nn.Module, adapts: Selection = "head.*", name: str = "anil", **s
     return maml(model, adapts=adapts, name=name, **shared)  # type: ignore[arg-type]
 
 
-METHODS = {"maml": maml, "fomaml": fomaml, "anil": anil}
+METHODS: dict[str, Callable[..., Learner]] = {"maml": maml, "fomaml": fomaml, "anil": anil}
 
 
 def build(name: str, model: nn.Module, **arguments: object) -> Learner:
     """The method called `name`. Raises UserError for an unknown name."""
     if name not in METHODS:
         raise unknown("algorithm", name, METHODS)
-    return METHODS[name](model, **arguments)  # type: ignore[operator]
+    return METHODS[name](model, **arguments)

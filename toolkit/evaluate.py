@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from toolkit.curve import Curve
 from toolkit.engine import Plan, default_plan, exact_attention, lift_for, runner
 from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta, Score
-from toolkit.task import Task, TaskSampler, draw, fingerprint, move
+from toolkit.task import Task, TaskSampler, count, draw, fingerprint, move
 
 DRAWN_AT_ONCE = 64
 
@@ -37,32 +38,34 @@ def evaluate(
     learner = replace(learner, training=False)
     device = next(iter(meta.params.values())).device
     digest, losses, metrics = hashlib.sha256(), [], []
-    run = None
+    work = run = None
     for start in range(0, tasks, DRAWN_AT_ONCE):
         drawn = draw(sampler, min(DRAWN_AT_ONCE, tasks - start), seed, start, split)
         fingerprint(drawn, digest)
         drawn = move(drawn, device)
-        plan = plan or default_plan(learner, drawn)
-        run = run or runner(learner, plan)
+        if run is None or work is None or plan is None:
+            plan = plan or default_plan(learner, drawn)
+            run, work = runner(learner, plan), partial(_walk, meta, steps, plan)
         with exact_attention():
-            for loss, metric in run(lambda own, piece: _walk(own, meta, piece, steps, lift_for(plan, piece)), plan.pieces(drawn)):
+            for loss, metric in run(work, plan.pieces(drawn)):
                 losses.append(loss)
                 metrics.append(metric)
         if progress:
-            progress(drawn.support.y.shape[0])
+            progress(count(drawn))
     loss, metric = (torch.cat(values).double().cpu() for values in (losses, metrics))
     return Curve(loss, metric, learner.metric_name, digest.hexdigest()[:16])
 
 
 @torch.no_grad()
-def _walk(learner: Learner, meta: Meta, tasks: Task, steps: int, lift: Callable[..., Callable[..., Score]]) -> Score:
+def _walk(meta: Meta, steps: int, plan: Plan, learner: Learner, tasks: Task) -> Score:
     """Query scores of shape (tasks, steps + 1)."""
 
     def walk(meta: Meta, task: Task) -> Score:
         scores = [learner.assess(meta, fast, task) for fast in learner.path(meta, task.support, steps)]
         return Score(*(torch.stack(values) for values in zip(*scores, strict=True)))
 
-    return lift(walk, (None, 0))(meta, tasks)
+    scores: Score = lift_for(plan, tasks)(walk, (None, 0))(meta, tasks)
+    return scores
 
 
 @torch.no_grad()

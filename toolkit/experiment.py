@@ -5,7 +5,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -56,7 +56,6 @@ def run(
     `chance` is the accuracy of guessing. Returns the finished run. Raises UserError for bad flags before anything is
     computed, and when the loss is no longer finite. Ctrl-C finishes the step, saves, says how to resume and exits.
     """
-    check(flags)
     git = code_version()  # now: the files may change while the run goes on
     config = {"experiment": experiment} | {k: str(v) if isinstance(v, Path) else v for k, v in asdict(flags).items()}
     plan = _plan(flags, learner, training)
@@ -76,24 +75,6 @@ def run(
     print(table(summary))
     print(f"run folder: {folder} (summary.json, curve.json, adaptation.png, training.png, ...)")
     return finished
-
-
-def check(flags: Flags) -> None:
-    """Raises UserError for a number that can never work, and for a device that is not there."""
-    for name in ("tasks", "iterations", "val_tasks", "validate_every", "eval_tasks", "shots", "queries", "eval_queries"):
-        if getattr(flags, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(flags, name)}; give at least 1")
-    for name in ("inner_steps", "eval_steps"):
-        if getattr(flags, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(flags, name)}; give 0 or more")
-    for name in ("inner_lr", "meta_lr"):
-        if not 0 < getattr(flags, name) < float("inf"):
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(flags, name)}; give a positive number")
-    try:
-        torch.empty(0, device=flags.device)
-    except (RuntimeError, AssertionError):
-        usable = "cpu, cuda" if torch.cuda.is_available() else "cpu"
-        raise UserError(f"--device {flags.device} is not usable here; use one of: {usable}") from None
 
 
 def _plan(flags: Flags, learner: Learner, training: TaskSampler) -> Plan:
@@ -145,7 +126,7 @@ def _train(
 
     def flush() -> None:
         if window:
-            loss, metric = (sum(r[i] for r in window) / len(window) for i in (1, 2))
+            loss, metric = (sum(values) / len(window) for values in zip(*((r.loss, r.metric) for r in window), strict=True))
             seconds = round(before + time.perf_counter() - began, 3)
             write({"iteration": window[-1].iteration, "loss": loss, "metric": metric, "seconds": seconds})
             window.clear()
@@ -158,9 +139,7 @@ def _train(
         }  # fmt: skip
         checkpoint.save(checkpoints, state.iteration, best, content, identity)
 
-    records = train(
-        learner, training, flags.iterations, flags.tasks, flags.meta_lr, flags.seed, plan, start, flags.device
-    )
+    records = train(learner, training, flags.iterations, flags.tasks, flags.meta_lr, flags.seed, plan, start, flags.device)
     done = start.iteration if start else 0
     bar = tqdm(total=flags.iterations, initial=done, desc="train", unit="it", disable=done == flags.iterations)
     with bar, _stop_signals() as stopped:
@@ -225,10 +204,8 @@ def _stop_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(number)
 
-    previous: dict[int, Callable[..., Any] | int | None] = {}
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, note)
         yield received
     finally:
         for number, handler in previous.items():
@@ -241,9 +218,10 @@ def _write_example(folder: Path, flags: Flags, learner: Learner, meta: Meta, tes
 
     task = take(draw(test, 1, flags.eval_seed, split="test"), 0)
     steps = tuple(sorted({k for k in (*SHOWN_STEPS, learner.steps) if k <= max(flags.eval_steps, learner.steps)}))
+    if not isinstance(task.support.x, torch.Tensor) or not isinstance(task.query.x, torch.Tensor):
+        return  # inputs with several parts have no picture
     tensors = {
         "support_x": task.support.x, "support_y": task.support.y, "query_x": task.query.x, "query_y": task.query.y,
         "steps": torch.tensor(steps), "predictions": predictions(learner, meta, move(task, flags.device), steps),
     }  # fmt: skip
-    if all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "example.safetensors")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "example.safetensors")

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
+
 from toolkit.errors import UserError, unknown
 
 log = logging.getLogger("toolkit")
@@ -110,11 +112,30 @@ def launch(flags_type: type[F], body: Callable[[F], object], presets: dict[str, 
     except UserError as error:
         sys.exit(_say(error))
     try:
+        check(flags)
         body(flags)
     except UserError as error:
         if flags.debug:
             raise
         sys.exit(_say(error))
+
+
+def check(flags: Flags) -> None:
+    """Raises UserError for a number that can never work, and for a device that is not there."""
+    for name in ("tasks", "iterations", "val_tasks", "validate_every", "eval_tasks", "shots", "queries", "eval_queries"):
+        if getattr(flags, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(flags, name)}; give at least 1")
+    for name in ("inner_steps", "eval_steps"):
+        if getattr(flags, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(flags, name)}; give 0 or more")
+    for name in ("inner_lr", "meta_lr"):
+        if not 0 < getattr(flags, name) < float("inf"):
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(flags, name)}; give a positive number")
+    try:
+        torch.empty(0, device=flags.device)
+    except (RuntimeError, AssertionError):
+        usable = "cpu, cuda" if torch.cuda.is_available() else "cpu"
+        raise UserError(f"--device {flags.device} is not usable here; use one of: {usable}") from None
 
 
 def _say(error: UserError) -> int:

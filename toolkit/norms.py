@@ -8,9 +8,9 @@ Batch-norm policies:
 No policy updates running statistics: an update inside the inner loop would leak from task to task. The policy of a run is
 recorded in its `summary.json`.
 
-Why not torch's own kernels: under `vmap`, torch 2.15 differentiates batch, layer and instance norm twice as if their
-statistics were constants, so second-order meta-gradients are silently wrong by about a per cent (tests/test_gradients.py
-shows it). The same formulas in elementary operations are right.
+Why not torch's own kernels: under `vmap`, torch 2.15 differentiates batch, layer and instance norm with affine weights twice
+as if their statistics were constants, so second-order meta-gradients are silently wrong, by a per cent or more
+(tests/test_gradients.py shows it). The same formulas in elementary operations are right.
 """
 
 from collections.abc import Callable

@@ -139,13 +139,12 @@ class Groups:
 
     def init(self, fast: Params) -> Params:
         return {
-            f"{pattern}/{key}": tensor
-            for pattern, rule, group in self._split(fast)
-            for key, tensor in rule.init(group).items()
+            f"{pattern}/{key}": tensor for pattern, rule, group in self._split(fast) for key, tensor in rule.init(group).items()
         }
 
     def update(self, learned: Params, grads: Params, state: Params, fast: Params) -> tuple[Params, Params]:
-        moved, new = {}, {}
+        moved: Params = {}
+        new: Params = {}
         for pattern, rule, group in self._split(fast):
             own_grads = {name: grads[name] for name in group}
             group, own_state = rule.update(_under(pattern, learned), own_grads, _under(pattern, state), group)

@@ -82,12 +82,14 @@ def draw(sampler: TaskSampler, tasks: int, seed: int, start: int = 0, split: str
 
 def stack(tasks: list[Task]) -> Task:
     """Tasks of equal shapes as one batch of tasks."""
-    return pytree.tree_map(lambda *tensors: torch.stack(tensors), *tasks)
+    stacked: Task = pytree.tree_map(lambda *tensors: torch.stack(tensors), *tasks)
+    return stacked
 
 
 def take(tasks: T, index: int | slice) -> T:
     """One task (int) or some tasks (slice) of a batch of tasks."""
-    return pytree.tree_map(lambda tensor: tensor[index], tasks)
+    taken: T = pytree.tree_map(lambda tensor: tensor[index], tasks)
+    return taken
 
 
 def count(tasks: Task) -> int:
@@ -97,7 +99,8 @@ def count(tasks: Task) -> int:
 
 def move(tasks: T, device: torch.device | str) -> T:
     """The same tasks on `device`."""
-    return pytree.tree_map(lambda tensor: tensor.to(device, non_blocking=True), tasks)
+    moved: T = pytree.tree_map(lambda tensor: tensor.to(device, non_blocking=True), tasks)
+    return moved
 
 
 def fingerprint(tasks: Task, digest: "hashlib._Hash") -> None:

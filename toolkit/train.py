@@ -86,5 +86,9 @@ def train(
 
 def _not_finite(iteration: int, tasks: int, task_loss: torch.Tensor) -> NotFinite:
     bad = (~task_loss.isfinite()).nonzero().flatten().tolist()
-    what = f"the loss of task {iteration * tasks + bad[0]} is {task_loss[bad[0]].item()}" if bad else "the meta-gradient is not finite"
+    what = (
+        f"the loss of task {iteration * tasks + bad[0]} is {task_loss[bad[0]].item()}"
+        if bad
+        else "the meta-gradient is not finite"
+    )
     return NotFinite(f"iteration {iteration + 1}: {what}; lower --inner-lr or --meta-lr, or look at this task's data")

@@ -3,11 +3,12 @@
 import hashlib
 import logging
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
+
+from toolkit.files import replace
 
 log = logging.getLogger("toolkit")
 
@@ -43,17 +44,3 @@ def cached(name: str, build: Callable[[], dict[str, Tensor]]) -> dict[str, Tenso
     except OSError as error:
         log.warning("cannot write the cache %s (%s); going on without it, set TOOLKIT_CACHE to change the place", path, error)
     return tensors
-
-
-def replace(path: Path, data: bytes) -> None:
-    """Writes `data` to `path` such that a reader sees the old file or the new one, never a part."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -7,7 +7,8 @@ variety, not handwriting: accuracies here cannot be compared with those on Omnig
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -83,12 +84,24 @@ def render(codes: Iterable[int], size: int) -> Tensor:
     faces = [(load_face(path), charmap(path)) for path in face_paths().values()]
     side = max(64, 2 * size)
     images = []
-    for code in tqdm(list(codes), desc="rendering glyphs", unit="class", leave=False):
-        masters = [master(face, chr(code), side) for face, known in faces if code in known]
-        if not masters:
-            raise UserError(f"no font of matplotlib has U+{code:04X}; reinstall matplotlib with pip")
-        images.append(draw_class(torch.stack(masters), code, size))
+    with one_thread():
+        for code in tqdm(list(codes), desc="rendering glyphs", unit="class", leave=False):
+            masters = [master(face, chr(code), side) for face, known in faces if code in known]
+            if not masters:
+                raise UserError(f"no font of matplotlib has U+{code:04X}; reinstall matplotlib with pip")
+            images.append(draw_class(torch.stack(masters), code, size))
     return torch.stack(images)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Runs torch on one thread: on a busy machine, small operations wait far longer for each other than they take."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def face_paths() -> dict[str, Path]:
@@ -147,12 +160,13 @@ def draw_class(masters: Tensor, code: int, size: int) -> Tensor:
     """Distorted images of the `masters` (faces, side, side) in turn, uint8 of shape (IMAGES, 1, size, size)."""
     sources = masters[torch.arange(IMAGES) % len(masters)][:, None]
     images = torch.zeros(IMAGES, 1, size, size, dtype=torch.uint8)
+    blank = torch.ones(IMAGES, dtype=torch.bool)
     for attempt in range(20):
+        generator = torch.Generator().manual_seed(stream_seed(attempt, "glyphs", code))
+        images = torch.where(blank.view(-1, 1, 1, 1), distort(sources, size, generator), images)
         blank = images.float().mean((1, 2, 3)) < BLANK
         if not blank.any():
             return images
-        generator = torch.Generator().manual_seed(stream_seed(attempt, "glyphs", code))
-        images = torch.where(blank.view(-1, 1, 1, 1), distort(sources, size, generator), images)
     raise UserError(f"U+{code:04X} stays blank at {size} x {size} pixels; ask for a larger size")
 
 

@@ -6,9 +6,7 @@ import torch
 from torch import nn
 
 
-def conv4(
-    ways: int, channels: int = 1, size: int = 28, width: int = 64, pool: bool = False, seed: int = 0
-) -> nn.Sequential:
+def conv4(ways: int, channels: int = 1, size: int = 28, width: int = 64, pool: bool = False, seed: int = 0) -> nn.Sequential:
     """Four blocks of 3x3 convolution, batch norm and ReLU, then a linear head; parameters `body.blockN.*` and `head.*`.
 
     Input (images, `channels`, `size`, `size`), output (images, `ways`). Halving is by stride 2, as Finn et al. 2017 did for

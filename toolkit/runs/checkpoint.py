@@ -1,8 +1,8 @@
 """Checkpoints that survive a kill at any moment and notice a flipped bit.
 
 A checkpoint is a folder `step-<iteration>` with `weights.safetensors` (what to share), `state.pt` (what a resume needs) and
-`manifest.json` (format, size and SHA-256 of each). It is written under a temporary name, synced, and renamed when whole. The
-reader takes the newest folder that verifies; it never runs code from a file (`weights_only=True`).
+`manifest.json` (format, size and SHA-256 of each, and a seal over itself). It is written under a temporary name, synced, and
+renamed when whole. The reader takes the newest folder that verifies; it never runs code from a file (`weights_only=True`).
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -31,10 +32,12 @@ def save(folder: Path, iteration: int, weights: Meta, state: dict[str, Any], con
 
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    files = {"weights.safetensors": to_bytes(flatten(weights)), "state.pt": buffer.getvalue()}
+    tensors = flatten(weights)
+    files = {"weights.safetensors": to_bytes(tensors), "state.pt": buffer.getvalue()}
     listing = {n: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for n, data in files.items()}
     manifest = {"format": FORMAT, "iteration": iteration, "config_hash": config_hash, "files": listing}
-    files["manifest.json"] = json.dumps(manifest, indent=2).encode()
+    manifest["names"] = list(tensors)  # safetensors sorts, but the order of parameters is part of their identity
+    files["manifest.json"] = json.dumps(manifest | {"seal": _seal(manifest)}, indent=2).encode()
 
     final, temporary = folder / f"step-{iteration:08d}", folder / f".step-{iteration:08d}.tmp"
     for leftover in folder.glob(".step-*.tmp"):
@@ -77,13 +80,19 @@ def load_newest(folder: Path, config_hash: str | None = None) -> tuple[Meta, dic
             log.warning("skipping the checkpoint %s: %s", path, error)
             continue
         if manifest["format"] != FORMAT:
-            raise UserError(f"{path} has checkpoint format {manifest['format']}, this version reads {FORMAT}; use the version that wrote it")
+            raise UserError(
+                f"{path} has checkpoint format {manifest['format']}, this version reads {FORMAT}; use the version that wrote it"
+            )
         if config_hash is not None and manifest["config_hash"] != config_hash:
             raise UserError(f"{path} belongs to another configuration; resume with the flags in the run's config.json")
         from safetensors.torch import load
 
-        state = torch.load(io.BytesIO(files["state.pt"]), weights_only=True)
-        return unflatten(load(files["weights.safetensors"])), state
+        try:
+            state = torch.load(io.BytesIO(files["state.pt"]), weights_only=True)
+        except UnpicklingError:
+            raise UserError(f"{path / 'state.pt'} holds more than plain values; it is refused, do not trust it") from None
+        tensors = load(files["weights.safetensors"])
+        return unflatten({name: tensors[name] for name in manifest["names"]}), state
     if found:
         raise UserError(f"no checkpoint in {folder} is whole; start again with --overwrite")
     return None
@@ -91,12 +100,18 @@ def load_newest(folder: Path, config_hash: str | None = None) -> tuple[Meta, dic
 
 def _verified(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     manifest = json.loads((path / "manifest.json").read_text())
+    if manifest.pop("seal") != _seal(manifest):
+        raise ValueError("manifest.json does not match its seal")
     files = {}
     for name in ("weights.safetensors", "state.pt"):
         files[name] = (path / name).read_bytes()
         if hashlib.sha256(files[name]).hexdigest() != manifest["files"][name]["sha256"]:
             raise ValueError(f"{name} does not match its checksum")
     return manifest, files
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def flatten(meta: Meta) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """A run folder: what is in it, how it is read, how each file is written.
 
-    config.json          what was asked for            curve.json            every test task after 0..S inner steps
-    metrics.jsonl        one line per log interval     summary.json          the result in one page (keys: see `Run`)
-    example.safetensors  one test task with predictions                      checkpoints/  see `toolkit.runs.checkpoint`
+config.json          what was asked for            curve.json            every test task after 0..S inner steps
+metrics.jsonl        one line per log interval     summary.json          the result in one page (keys: see `Run`)
+example.safetensors  one test task with predictions                      checkpoints/  see `toolkit.runs.checkpoint`
 """
 
 import hashlib
@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from toolkit.curve import Curve
-from toolkit.data.cache import replace
 from toolkit.errors import UserError
+from toolkit.files import replace
 
 # These say where a run is kept and how it is watched; they cannot change its numbers.
 NOT_HASHED = ("out", "resume", "overwrite", "debug", "data_root", "download", "preset")
@@ -103,7 +103,9 @@ def prepare(path: Path, config: dict[str, Any], resume: bool, overwrite: bool) -
         if not (path / "config.json").exists():
             raise UserError(f"{path} exists and is not a run folder; choose another place with --out")
         if not (resume or overwrite):
-            raise UserError(f"the run folder {path} exists; continue it with --resume, replace it with --overwrite, or choose --out")
+            raise UserError(
+                f"the run folder {path} exists; continue it with --resume, replace it with --overwrite, or choose --out"
+            )
         if overwrite and not resume:
             shutil.rmtree(path)
         else:

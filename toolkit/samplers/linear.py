@@ -44,4 +44,5 @@ def adapted(theta: Tensor, support: Batch, lr: float, steps: int) -> Tensor:
     step = torch.eye(len(theta), dtype=theta.dtype) - lr * 2 * design.T @ design / len(design)
     pull = lr * 2 * design.T @ support.y / len(design)
     powers = [torch.linalg.matrix_power(step, k) for k in range(steps)]
-    return torch.linalg.matrix_power(step, steps) @ theta + sum(powers, torch.zeros_like(step)) @ pull
+    end: Tensor = torch.linalg.matrix_power(step, steps) @ theta + sum(powers, torch.zeros_like(step)) @ pull
+    return end

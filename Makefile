@@ -1,0 +1,30 @@
+# Every target makes and uses .venv by itself; PYTHON chooses the interpreter it is made with.
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: install demo test test-all check clean
+
+install: .venv/installed
+demo: install
+	$(BIN)/python experiments/quickstart.py --out results/quickstart/demo --overwrite
+test: .venv/tested
+	$(BIN)/python -m pytest
+test-all: .venv/tested
+	$(BIN)/python -m pytest -m "not gpu"
+check: .venv/checked
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache *.egg-info
+
+.venv/installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -e .
+	touch $@
+.venv/tested: .venv/installed requirements-learn2learn.txt
+	$(BIN)/python -m pip install --quiet -e ".[test]" -r requirements-learn2learn.txt
+	touch $@
+.venv/checked: .venv/installed
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@

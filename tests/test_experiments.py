@@ -1,0 +1,197 @@
+"""The experiments as a user meets them: flags, presets, errors of one sentence, and what a short run leaves."""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from experiments import omniglot, quickstart, sinusoid
+from toolkit import Batch, Task, UserError, algorithms, draw, evaluate
+from toolkit.data.bank import ClassBank
+from toolkit.experiment import run
+from toolkit.flags import launch
+from toolkit.metrics import squared_error
+from toolkit.models import mlp
+from toolkit.runs.folder import Run
+from toolkit.samplers import Sinusoid
+
+SHORT = [
+    "--iterations",
+    "8",
+    "--validate-every",
+    "4",
+    "--val-tasks",
+    "4",
+    "--eval-tasks",
+    "5",
+    "--eval-steps",
+    "3",
+    "--tasks",
+    "3",
+]
+
+
+def start(module: Any, monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["experiment.py", *flags])
+    presets = getattr(module, "PRESETS", {})
+    launch(module.Config, module.main, presets, module.__doc__)
+
+
+def tiny_bank(split: str, *_: Any, **__: Any) -> ClassBank:
+    generator = torch.Generator().manual_seed(len(split))
+    images = torch.randint(256, (6 * 20, 1, 28, 28), generator=generator, dtype=torch.uint8)
+    return ClassBank(images, torch.arange(7) * 20, tuple(f"class {i}" for i in range(6)), f"tiny {split}")
+
+
+REFUSED: dict[str, tuple[Any, list[str], str]] = {
+    "algorithm": (sinusoid, ["--algorithm", "mamml"], r"unknown algorithm 'mamml'; did you mean 'maml'\?"),
+    "sampler": (quickstart, ["--sampler", "glyph"], "did you mean 'glyphs'"),
+    "sampler of omniglot": (omniglot, ["--sampler", "omniglot"], "did you mean 'omniglot-"),
+    "model": (omniglot, ["--model", "conv5"], "did you mean 'conv4'"),
+    "preset": (sinusoid, ["--preset", "fast"], "unknown preset 'fast'.*known: default, quick"),
+    "batch norm": (omniglot, ["--batch-norm", "suport"], "did you mean 'support'"),
+    "ways": (omniglot, ["--ways", "7"], "7 ways need 7 classes, but tiny train has 6; use --ways 6 or fewer"),
+    "queries": (omniglot, ["--queries", "20"], "1 shots and 20 queries need 21 images.*'class 0'.*has 20; use --queries 19"),
+    "no shots": (sinusoid, ["--shots", "0"], "--shots is 0; give at least 1"),
+    "no tasks": (sinusoid, ["--tasks", "0"], "--tasks is 0; give at least 1"),
+    "steps": (sinusoid, ["--inner-steps", "-1"], "inner.steps is -1; give 0 or more"),
+    "rate": (sinusoid, ["--inner-lr", "nan"], "--inner-lr is nan; give a positive number"),
+    "outer rate": (sinusoid, ["--meta-lr", "0"], "--meta-lr is 0.0; give a positive number"),
+    "device": (sinusoid, ["--device", "tpu"], "--device tpu is not usable here; use one of: cpu"),
+    "chunk": (sinusoid, ["--chunk", "0", "--map", "vmap"], "chunk is 0"),
+    "threads compiled": (sinusoid, ["--map", "threads", "--compile"], "cannot run in threads"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_flags_cost_one_sentence_and_no_run_folder(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, flags, sentence = REFUSED[case]
+    monkeypatch.setattr(omniglot, "omniglot", tiny_bank)
+    monkeypatch.setattr(quickstart, "glyphs", tiny_bank)
+    with pytest.raises(SystemExit) as stop:
+        start(module, monkeypatch, *SHORT, "--no-compile", "--out", str(tmp_path / "run"), *flags)
+    errors = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert re.search(f"^error: .*{sentence}", errors, re.MULTILINE), errors
+    assert "Traceback" not in errors and not (tmp_path / "run").exists()
+
+
+def test_a_data_root_without_data_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        start(omniglot, monkeypatch, "--data-root", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run"))
+    assert stop.value.code == 2
+    assert re.search("^error: there is no .*nowhere.*--data-root, or add --download", capsys.readouterr().err)
+
+
+def test_debug_shows_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="unknown algorithm"):
+        start(sinusoid, monkeypatch, "--algorithm", "x", "--debug", "--out", str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("algorithm", algorithms.METHODS)
+@pytest.mark.parametrize("module", [sinusoid, omniglot, quickstart])
+def test_a_short_run_fills_its_folder(
+    module: Any, algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(omniglot, "omniglot", tiny_bank)
+    monkeypatch.setattr(quickstart, "glyphs", tiny_bank)
+    out = tmp_path / "run"
+    start(module, monkeypatch, *SHORT, "--no-compile", "--out", str(out), "--algorithm", algorithm)
+    picture = "fits" if module is sinusoid else "task"
+    names = {path.name for path in out.iterdir()}
+    assert names >= {"config.json", "metrics.jsonl", "curve.json", "summary.json", "checkpoints", "example.safetensors"}
+    assert names >= {f"{figure}.{kind}" for figure in ("adaptation", "training", picture) for kind in ("png", "pdf")}
+    summary = Run(out).summary
+    assert summary.keys() >= {
+        "experiment", "algorithm", "sampler", "seed", "test", "cost", "versions", "config_hash", "task_list_hash", "batch_norm",
+        "git",
+    }  # fmt: skip
+    assert summary["test"].keys() >= {"tasks", "steps", "metric", "mean", "ci95", "median", "loss"}
+    assert summary["cost"].keys() >= {
+        "seconds", "seconds_per_iteration", "tasks_per_second", "peak_mb", "parameters", "adapted_parameters",
+    }  # fmt: skip
+    curve = Run(out).curve
+    assert (curve.tasks, curve.steps) == (5, 3) and summary["algorithm"] == algorithm
+    assert summary["test"]["mean"] == pytest.approx(curve.mean().tolist(), abs=1e-6)
+    assert "as trained" in capsys.readouterr().out
+
+
+def test_the_test_curve_belongs_to_the_checkpoint_chosen_on_validation_tasks(tmp_path: Path) -> None:
+    flags = sinusoid.Config(
+        iterations=12, validate_every=3, val_tasks=20, eval_tasks=7, eval_steps=2, compile=False, out=tmp_path / "run"
+    )
+    learner = algorithms.maml(mlp(), loss=squared_error, metric=squared_error, inner_lr=0.01)
+    test = Sinusoid(10, 20)
+    record = run(flags, "sinusoid", learner, Sinusoid(10, 10), test, test)
+    rows = [row for row in record.metrics if "val_metric" in row]
+    best = min(rows, key=lambda row: row["val_metric"])
+    assert record.summary["selected"]["iteration"] == best["iteration"]
+    from toolkit.runs.checkpoint import load_newest
+
+    loaded = load_newest(tmp_path / "run" / "checkpoints")
+    assert loaded is not None
+    curve = evaluate(learner, loaded[0], test, 7, 2)
+    assert torch.equal(curve.loss, record.curve.loss) and curve.task_list_hash == record.curve.task_list_hash
+
+
+def poisoned(bad_task: int) -> Callable[[torch.Generator], Task]:
+    """Sinusoid tasks, of which one has a query label that is not a number."""
+    plain, seen = Sinusoid(5, 5), draw(Sinusoid(5, 5), bad_task + 1, seed=0)
+    mark = seen.support.x[bad_task]
+
+    def sampler(generator: torch.Generator) -> Task:
+        task = plain(generator)
+        if torch.equal(task.support.x, mark):
+            return Task(task.support, Batch(task.query.x, task.query.y * torch.nan))
+        return task
+
+    return sampler
+
+
+def test_a_loss_that_is_not_finite_stops_with_iteration_and_task_and_keeps_what_was_good(tmp_path: Path) -> None:
+    flags = sinusoid.Config(iterations=20, tasks=4, compile=False, out=tmp_path / "run", val_tasks=3, eval_tasks=3)
+    learner = algorithms.maml(mlp(), loss=squared_error, metric=squared_error, inner_lr=0.01)
+    with pytest.raises(UserError, match="iteration 6: the loss of task 22 is nan; .*everything up to iteration 5 is saved"):
+        run(flags, "sinusoid", learner, poisoned(22), Sinusoid(5, 5), Sinusoid(5, 5))
+    from toolkit.runs.checkpoint import load_newest
+
+    loaded = load_newest(tmp_path / "run" / "checkpoints")
+    assert loaded is not None and loaded[1]["iteration"] == 5
+    assert all(tensor.isfinite().all() for tensor in loaded[1]["meta"]["params"].values())
+
+
+@pytest.mark.parametrize("module", [sinusoid, omniglot, quickstart])
+def test_presets_and_flags(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, values in getattr(module, "PRESETS", {}).items():
+        caught: list[Any] = []
+        monkeypatch.setattr(sys, "argv", ["x", f"--preset={name}", "--seed", "5"])
+        launch(module.Config, caught.append, module.PRESETS, module.__doc__)
+        assert caught[0].seed == 5 and all(getattr(caught[0], key) == value for key, value in values.items())
+
+
+def test_config_json_holds_every_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "run"
+    start(sinusoid, monkeypatch, *SHORT, "--no-compile", "--out", str(out), "--seed", "3")
+    config = json.loads((out / "config.json").read_text())
+    assert config["seed"] == 3 and config["experiment"] == "sinusoid"
+    assert set(config) == {"experiment", *sinusoid.Config.__dataclass_fields__}
+
+
+def test_help_names_the_shared_flags(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    shared = ["--algorithm", "--sampler", "--model", "--shots", "--queries", "--inner-steps", "--inner-lr", "--meta-lr", "--tasks", "--iterations", "--eval-tasks", "--eval-steps", "--seed", "--device", "--out", "--resume", "--compile", "--no-compile", "--debug"]
+    for name in ("sinusoid", "omniglot", "quickstart"):
+        with pytest.raises(SystemExit):
+            start(import_module(f"experiments.{name}"), monkeypatch, "--help")
+        text = capsys.readouterr().out
+        missing = [flag for flag in shared + (["--ways", "--data-root"] if name != "sinusoid" else []) if flag not in text]
+        assert not missing, (name, missing)

@@ -1,0 +1,377 @@
+"""The figures of a run, checked by the numbers drawn: line data, bands, positions, texts, scales; never pixels."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+from matplotlib.path import Path as Path2D
+from safetensors.torch import save_file
+from torch import Tensor
+
+from toolkit.errors import UserError
+from toolkit.plots import figures
+from toolkit.plots.frame import moving_mean
+from toolkit.plots.save import draw_run, save
+from toolkit.runs.folder import Run
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+STEPS = [0, 1, 2, 3, 4]
+ACCURACY = {"mean": [0.2, 0.7, 0.8, 0.9, 0.91], "ci95": [0.01, 0.02, 0.01, 0.005, 0.004], "metric": "accuracy"}
+SQUARED = {"mean": [4.0, 1.0, 0.5, 0.2, 0.1], "ci95": [0.4, 0.1, 0.05, 0.02, 0.012], "metric": "squared error"}
+
+
+def classification() -> dict[str, Tensor]:
+    """Three classes, two shots; queries in the order 2 0 1 0, of which 1 is right before and 3 after."""
+    query_y = torch.tensor([2, 0, 1, 0])
+    predicted = torch.tensor([[0, 0, 2, 1], [2, 0, 1, 2]])
+    support_y = torch.tensor([0, 1, 2, 0, 1, 2])
+    return {
+        "support_x": support_y.float().div(4).reshape(-1, 1, 1, 1).expand(-1, 1, 6, 6),
+        "support_y": support_y,
+        "query_x": query_y.float().div(4).add(0.1).reshape(-1, 1, 1, 1).expand(-1, 1, 6, 6),
+        "query_y": query_y,
+        "steps": torch.tensor([0, 4]),
+        "predictions": torch.nn.functional.one_hot(predicted, 3).float() * 5 - 1,
+    }
+
+
+def regression() -> dict[str, Tensor]:
+    """y = 2 x at unsorted queries; the prediction is 0 before and 2 x + 1 after, so the errors are 10 and 1."""
+    query_x = torch.tensor([[3.0], [-1.0], [0.0], [0.0]])
+    support_x = torch.tensor([[0.5], [-0.5]])
+    return {
+        "support_x": support_x,
+        "support_y": 2 * support_x,
+        "query_x": query_x,
+        "query_y": 2 * query_x,
+        "steps": torch.tensor([0, 4]),
+        "predictions": torch.stack([0 * query_x, 2 * query_x + 1]),
+    }
+
+
+def make(path: Path, result: dict[str, Any], example: dict[str, Tensor] | None = None, **summary: Any) -> Run:
+    """A run folder, written by hand."""
+    path.mkdir(parents=True)
+    percent = result["metric"] == "accuracy"
+    median = [None if m is None else 0.5 * m for m in result["mean"]]
+    test = {"tasks": 600, "steps": STEPS, "median": median, "loss": result["mean"]} | result
+    content = {"experiment": "e", "algorithm": "maml", "sampler": "toy", "seed": 0, "batch_norm": "batch", "test": test}
+    content |= {"chance": 0.2 if percent else None, "inner_steps": 1, "selected": {"iteration": 20, "val_metric": 0.6}}
+    rows: list[dict[str, Any]] = [
+        {"iteration": i, "loss": 30.0 / i, "metric": 0.5 + 0.1 * (i % 20 == 0), "seconds": 1.0} for i in range(10, 410, 10)
+    ]
+    rows.insert(2, {"iteration": 20, "val_loss": 1.5, "val_metric": 0.6, "val_ci95": 0.05})
+    rows.append({"iteration": 400, "val_loss": 0.5, "val_metric": 0.7, "val_ci95": None})
+    (path / "config.json").write_text("{}")
+    (path / "summary.json").write_text(json.dumps(content | summary))
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    example = example or (classification() if percent else regression())
+    save_file({key: value.contiguous() for key, value in example.items()}, path / "example.safetensors")
+    return Run(path)
+
+
+def line(axes: Axes, name: str, which: int = 0) -> np.ndarray:
+    """The points (n, 2) of a line, by the name it was drawn under."""
+    return np.asarray([drawn for drawn in axes.get_lines() if drawn.get_label() == name][which].get_xydata())
+
+
+def texts(axes: Axes) -> dict[str, Any]:
+    return {text.get_text(): text for text in axes.texts}
+
+
+def legend(figure: Figure) -> list[str]:
+    return [text.get_text().replace("\N{NO-BREAK SPACE}", " ") for text in figure.legends[0].get_texts()]
+
+
+def test_adaptation_draws_percent_band_chance_and_ring(tmp_path: Path) -> None:
+    figure = figures.adaptation([make(tmp_path / "one", ACCURACY)])
+    (axes,) = figure.axes
+    np.testing.assert_allclose(line(axes, "mean"), [[0, 20], [1, 70], [2, 80], [3, 90], [4, 91]])
+    np.testing.assert_allclose(line(axes, "ring"), [[1, 70]])
+    np.testing.assert_allclose(line(axes, "chance")[:, 1], [20, 20])
+    corners = axes.collections[0].get_paths()[0].vertices
+    assert {(x, round(y, 6)) for x, y in corners} == {
+        (k, round(100 * (m + sign * c), 6))
+        for k, m, c in zip(STEPS, ACCURACY["mean"], ACCURACY["ci95"], strict=True)
+        for sign in (-1, 1)
+    }
+    assert set(texts(axes)) == {"70.0 ± 2.0", "91.0 ± 0.4"}
+    assert [texts(axes)[t].xy[0] for t in ("70.0 ± 2.0", "91.0 ± 0.4")] == [1, 4]
+    assert axes.get_yscale() == "linear" and axes.get_ylabel() == "test accuracy (%)"
+    assert figure.get_suptitle() == "toy, 600 test tasks"
+    assert legend(figure) == ["mean, 95 % interval", "steps in training", "chance, 20 %"]
+
+
+def test_adaptation_of_regression_has_the_median_and_a_log_axis_only_when_wide(tmp_path: Path) -> None:
+    wide = figures.adaptation([make(tmp_path / "wide", SQUARED)]).axes[0]
+    np.testing.assert_allclose(line(wide, "mean")[:, 1], SQUARED["mean"])
+    np.testing.assert_allclose(line(wide, "median")[:, 1], np.array(SQUARED["mean"]) / 2)
+    assert wide.get_yscale() == "log"
+    assert set(texts(wide)) == {"1.00 ± 0.10", "0.5", "0.100 ± 0.012", "0.05"}
+    assert not [drawn for drawn in wide.get_lines() if drawn.get_label() == "chance"]
+    narrow = make(tmp_path / "narrow", SQUARED | {"mean": [0.5, 0.3, 0.2, 0.15, 0.11]})
+    assert figures.adaptation([narrow]).axes[0].get_yscale() == "linear"
+
+
+def test_an_interval_that_reaches_zero_does_not_stretch_the_log_axis(tmp_path: Path) -> None:
+    axes = figures.adaptation([make(tmp_path / "a", SQUARED | {"ci95": [0.1, 0.1, 0.1, 0.1, 0.0999999]})]).axes[0]
+    assert 0.001 < axes.get_ylim()[0] < 0.05
+
+
+def test_adaptation_of_several_runs_differs_in_dash_and_marker_and_says_the_numbers(tmp_path: Path) -> None:
+    runs = [
+        make(tmp_path / "first", ACCURACY),
+        make(tmp_path / "second", ACCURACY | {"mean": [0.1, 0.3, 0.4, 0.5, 0.6]}, algorithm="anil", inner_steps=3),
+        make(tmp_path / "third", ACCURACY, algorithm="reptile", inner_steps=9, chance=0.05),
+    ]
+    figure = figures.adaptation(runs)
+    axes = figure.axes[0]
+    means = [drawn for drawn in axes.get_lines() if drawn.get_label() == "mean"]
+    assert len({(m.get_linestyle(), m.get_marker(), m.get_color()) for m in means}) == 3
+    assert len({m.get_linestyle() for m in means}) == len({m.get_marker() for m in means}) == 3
+    np.testing.assert_allclose(line(axes, "ring", 1), [[3, 50]])
+    assert len([drawn for drawn in axes.get_lines() if drawn.get_label() == "ring"]) == 2  # 9 steps are off the curve
+    assert legend(figure) == [
+        "maml (first)\n70.0 ± 2.0 at 1; 91.0 ± 0.4 at 4",
+        "anil (second)\n50.0 ± 0.5 at 3; 60.0 ± 0.4 at 4",
+        "reptile (third)\n91.0 ± 0.4 at 4",
+        "steps in training",
+        "chance, 5 %",
+        "chance, 20 %",
+    ]
+    assert not axes.texts
+
+
+def test_runs_that_shorten_to_one_name_keep_their_own_legend_entries(tmp_path: Path) -> None:
+    runs = [make(tmp_path / f"{'a' * 30}{n}{'b' * 30}", ACCURACY) for n in range(2)]
+    names = [text for text in legend(figures.training(runs)) if text.startswith("maml")]
+    assert names == ["maml (aaaaaaaaaaaaaa…bbbbbbbbbbbbb)"] * 2
+
+
+def test_values_that_are_not_finite_leave_a_gap(tmp_path: Path) -> None:
+    run = make(tmp_path / "a", ACCURACY | {"mean": [0.2, 0.5, 0.6, 0.7, None], "ci95": [None] * 5})
+    figure = figures.adaptation([run])
+    assert np.isnan(line(figure.axes[0], "mean")[-1, 1])
+    assert set(texts(figure.axes[0])) == {"50.0"}
+    figure.draw_without_rendering()
+
+
+def test_training_draws_raw_smooth_validation_and_the_selected_checkpoint(tmp_path: Path) -> None:
+    figure = figures.training([make(tmp_path / "one", ACCURACY)])
+    upper, lower = figure.axes
+    assert upper.get_shared_x_axes().joined(upper, lower)
+    raw, smooth = line(upper, "raw"), line(upper, "smooth")
+    np.testing.assert_allclose(raw[:3], [[10, 50], [20, 60], [30, 50]])
+    np.testing.assert_allclose(smooth[:3, 1], [55, 160 / 3, 170 / 3])  # 40 rows: a window of three
+    np.testing.assert_allclose(line(upper, "selected"), [[20, 60]])
+    points, _, (bars,) = upper.containers[0]
+    np.testing.assert_allclose(points.get_xydata(), [[20, 60], [400, 70]])
+    np.testing.assert_allclose(bars.get_segments()[0], [[20, 55], [20, 65]])
+    np.testing.assert_allclose(line(lower, "raw")[0], [10, 3.0])
+    np.testing.assert_allclose(lower.containers[0][0].get_xydata(), [[20, 1.5], [400, 0.5]])
+    assert (upper.get_yscale(), lower.get_yscale()) == ("linear", "log")
+    assert [a.get_ylabel() for a in (upper, lower)] == ["accuracy (%)", "loss"]
+    assert legend(figure) == ["training (smoothed)", "validation", "selected on validation"]
+
+
+def test_training_of_regression_has_one_panel_and_needs_no_validation(tmp_path: Path) -> None:
+    run = make(tmp_path / "one", SQUARED, selected=None)
+    kept = [row for row in (run.path / "metrics.jsonl").read_text().splitlines() if "val_" not in row]
+    (run.path / "metrics.jsonl").write_text("\n".join(kept))
+    figure = figures.training([run])
+    (axes,) = figure.axes
+    assert axes.get_ylabel() == "squared error"
+    np.testing.assert_allclose(line(axes, "raw")[:2, 1], [0.5, 0.6])
+    assert legend(figure) == ["training (smoothed)"]
+
+
+def test_moving_mean_is_centred_and_skips_what_is_not_finite() -> None:
+    np.testing.assert_allclose(moving_mean(np.array([1.0, np.nan, 3.0, 8.0]), 3), [1, 2, 5.5, 5.5])
+    np.testing.assert_allclose(moving_mean(np.array([np.nan, np.nan, 3.0]), 1), [np.nan, np.nan, 3])
+    assert moving_mean(np.array([2.0]), 5).tolist() == [2.0]
+
+
+def test_task_card_marks_every_query_before_and_after(tmp_path: Path) -> None:
+    figure = figures.task_card(make(tmp_path / "one", ACCURACY))
+    (axes,) = figure.axes
+    found = [(t.get_position()[0], t.get_text(), t.get_color()) for t in axes.texts if t.get_text()[-1] in "✓✗"]
+    right, wrong = figures.RIGHT[1], figures.WRONG[1]
+    assert sorted(found) == sorted(
+        [
+            (0.5, "0: 0 ✓", right),
+            (0.5, "4: 0 ✓", right),
+            (0.5, "0: 1 ✗", wrong),
+            (0.5, "4: 2 ✗", wrong),
+            (1.5, "0: 2 ✗", wrong),
+            (1.5, "4: 1 ✓", right),
+            (2.5, "0: 0 ✗", wrong),
+            (2.5, "4: 2 ✓", right),
+        ]
+    )
+    columns = {t.get_text(): t.get_position()[0] for t in axes.texts if t.get_text().startswith("class")}
+    assert columns == {"class 0": 0.5, "class 1": 1.5, "class 2": 2.5}
+    frames = [matplotlib.colors.to_hex(patch.get_edgecolor()) for patch in axes.patches]
+    assert (frames.count(right.lower()), frames.count(wrong.lower())) == (3, 1)
+    assert len(axes.images) == 10
+    # Ink is high in the data and dark on the page; a class stands in its column.
+    for image in axes.images:
+        ink = 0.25 * int(image.get_extent()[0])
+        assert min(abs(float(image.get_array()[0, 0]) - (1 - ink - extra)) for extra in (0, 0.1)) < 1e-6
+
+
+def test_task_card_shows_colour_and_says_what_it_leaves_out(tmp_path: Path) -> None:
+    y = torch.arange(12)
+    x = torch.rand(12, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    many = {"support_x": x.repeat(7, 1, 1, 1), "support_y": y.repeat(7), "query_x": x.repeat(5, 1, 1, 1)}
+    many |= {"query_y": y.repeat(5), "steps": torch.tensor([3]), "predictions": torch.zeros(1, 60, 12)}
+    figure = figures.task_card(make(tmp_path / "many", ACCURACY, many))
+    axes = figure.axes[0]
+    assert len(axes.images) == 10 * (5 + 3)
+    assert sum(t.get_text().endswith("✓") for t in axes.texts) == 3  # argmax of equal logits is class 0
+    assert sum(t.get_text().endswith("✗") for t in axes.texts) == 27
+    assert "10 of 12 classes" in figure.get_suptitle()
+    np.testing.assert_allclose(axes.images[0].get_array(), x[0].permute(1, 2, 0).numpy())
+
+
+def test_fits_are_sorted_and_tell_their_errors(tmp_path: Path) -> None:
+    figure = figures.fits(make(tmp_path / "one", SQUARED))
+    (axes,) = figure.axes
+    np.testing.assert_allclose(line(axes, "true"), [[-1, -2], [0, 0], [0, 0], [3, 6]])
+    np.testing.assert_allclose(line(axes, "0")[:, 1], 0)
+    np.testing.assert_allclose(line(axes, "4"), [[-1, -1], [0, 1], [0, 1], [3, 7]])
+    np.testing.assert_allclose(line(axes, "support"), [[0.5, 1], [-0.5, -1]])
+    assert legend(figure) == ["true", "support", "0 steps: 10", "4 steps: 1"]
+
+
+def test_example_chooses_by_the_data(tmp_path: Path) -> None:
+    pictures, scalars = make(tmp_path / "c", ACCURACY), make(tmp_path / "r", SQUARED)
+    assert (figures.example_kind(pictures), figures.example_kind(scalars)) == ("task", "fits")
+    assert figures.example(pictures).axes[0].images
+    assert line(figures.example(scalars).axes[0], "support").shape == (2, 2)
+
+
+def test_errors_are_one_sentence(tmp_path: Path) -> None:
+    good, other = make(tmp_path / "good", ACCURACY), make(tmp_path / "other", SQUARED)
+    with pytest.raises(UserError, match="nothing has no test result"):
+        figures.adaptation([make(tmp_path / "nothing", ACCURACY, test=None)])
+    with pytest.raises(UserError, match=r"different metrics .*accuracy.*squared error"):
+        figures.adaptation([good, other])
+    with pytest.raises(UserError, match="different metrics"):
+        figures.training([good, other])
+    with pytest.raises(UserError, match="1 to 7 runs, not 0"):
+        figures.adaptation([])
+    with pytest.raises(UserError, match="1 to 7 runs, not 8"):
+        figures.training([good] * 8)
+    (other.path / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="no training rows"):
+        figures.training([Run(other.path)])
+    with pytest.raises(UserError, match=r"task card needs images .*\(2, 1\)"):
+        figures.task_card(other)
+    with pytest.raises(UserError, match="fits need x and y"):
+        figures.fits(good)
+    with pytest.raises(UserError, match="no run folder"):
+        draw_run(tmp_path / "absent")
+
+
+def test_save_writes_both_files_with_the_same_bytes_each_time(tmp_path: Path) -> None:
+    run = make(tmp_path / "one", ACCURACY)
+    first, second = (save(figures.task_card(run), tmp_path / name / "lr0.4") for name in "ab")
+    assert [path.name for path in first] == ["lr0.4.png", "lr0.4.pdf"]
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+    assert b"CreationDate" not in first[1].read_bytes() and b"matplotlib.org" not in first[0].read_bytes()
+    assert imread(first[0]).shape[1] == pytest.approx(3.4 * 200, abs=1)
+
+
+def test_save_clears_the_figure(tmp_path: Path) -> None:
+    figure = figures.adaptation([make(tmp_path / "one", ACCURACY)])
+    save(figure, tmp_path / "x")
+    assert figure.axes == []
+
+
+@pytest.mark.parametrize(("test", "example"), [(ACCURACY, "task"), (SQUARED, "fits")], ids=["accuracy", "squared"])
+def test_draw_run_leaves_backend_and_style_alone(tmp_path: Path, test: dict[str, Any], example: str) -> None:
+    run = make(tmp_path / "one", test)
+    before = dict(matplotlib.rcParams.copy())
+    written = draw_run(run.path)
+    assert dict(matplotlib.rcParams.copy()) == before
+    stems = ("adaptation", "training", example)
+    assert written == [run.path / f"{stem}.{suffix}" for stem in stems for suffix in ("png", "pdf")]
+    assert all(path.stat().st_size > 1000 for path in written)
+
+
+def test_the_users_style_does_not_reach_the_figures(tmp_path: Path) -> None:
+    run = make(tmp_path / "one", ACCURACY)
+    plain = save(figures.adaptation([run]), tmp_path / "plain")
+    with matplotlib.rc_context({"font.size": 20, "lines.linewidth": 9, "savefig.facecolor": "red"}):
+        styled = save(figures.adaptation([run]), tmp_path / "styled")
+    assert [path.read_bytes() for path in plain] == [path.read_bytes() for path in styled]
+
+
+def test_draw_run_leaves_out_an_example_without_picture(tmp_path: Path) -> None:
+    flat = classification() | {"support_x": torch.rand(6, 8), "query_x": torch.rand(4, 8)}
+    run = make(tmp_path / "flat", ACCURACY, flat)
+    assert {path.stem for path in draw_run(run.path)} == {"adaptation", "training"}
+
+
+@pytest.mark.parametrize("test", [ACCURACY, SQUARED], ids=["accuracy", "squared"])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("name", ["a", "a_long_name-of$_$run_" * 8], ids=["short", "long"])
+def test_no_text_overlaps_the_axes_or_leaves_the_figure(tmp_path: Path, test: dict[str, Any], count: int, name: str) -> None:
+    runs = [make(tmp_path / f"{i}{name}", test, sampler=f"plugin.py:{name}") for i in range(count)]
+    drawn = [figures.adaptation(runs), figures.training(runs), figures.example(runs[0])]
+    for figure in drawn:
+        figure.draw_without_rendering()
+        title = figure._suptitle.get_window_extent()
+        whole = [
+            title,
+            *(axes.get_tightbbox() for axes in figure.axes),
+            *(box.get_window_extent() for box in figure.legends),
+        ]
+        for i, box in enumerate(whole):
+            assert figure.bbox.x0 - 0.5 <= box.x0 and box.x1 <= figure.bbox.x1 + 0.5
+            assert figure.bbox.y0 - 0.5 <= box.y0 and box.y1 <= figure.bbox.y1 + 0.5
+            assert not [other for other in whole[:i] if box.overlaps(other)]
+        written = [text.get_window_extent() for axes in figure.axes for text in axes.texts]
+        assert not [i for i, box in enumerate(written) for other in written[:i] if box.overlaps(other)]
+        for axes in figure.axes:
+            assert axes.get_window_extent().height > 80  # the legend must not eat the plot
+    assert min(text.get_fontsize() for figure in drawn for text in figure.findobj(matplotlib.text.Text)) >= 8
+
+
+SHAPES = {
+    "saturating": ACCURACY,
+    "rising": ACCURACY | {"mean": [0.2, 0.35, 0.5, 0.65, 0.8]},
+    "falling": ACCURACY | {"mean": [0.9, 0.8, 0.7, 0.6, 0.5]},
+    "at chance": ACCURACY | {"mean": [0.2, 0.21, 0.2, 0.19, 0.2]},
+    "log": SQUARED,
+    "linear": SQUARED | {"mean": [0.5, 0.3, 0.2, 0.15, 0.11]},
+}
+
+
+@pytest.mark.parametrize("step", range(1, 5))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_numbers_in_the_plot_cover_no_curve_and_no_other_number(tmp_path: Path, shape: str, step: int) -> None:
+    figure = figures.adaptation([make(tmp_path / "one", SHAPES[shape], inner_steps=step)])
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert not [i for i, box in enumerate(boxes) for other in boxes[:i] if box.overlaps(other)]
+    drawn = [name for name in ("mean", "median") if name == "mean" or shape in ("log", "linear")]
+    corners = [axes.transData.transform(line(axes, name)) for name in drawn]
+    for box in boxes:
+        assert axes.bbox.padded(4).contains(*box.p0) and axes.bbox.padded(4).contains(*box.p1)
+        for points in corners:
+            assert not Path2D(points).intersects_bbox(box, filled=False)
+
+
+def test_a_number_changes_side_where_the_curve_is_in_its_way(tmp_path: Path) -> None:
+    flat, rising = (figures.adaptation([make(tmp_path / shape, SHAPES[shape])]).axes[0] for shape in ("saturating", "rising"))
+    assert texts(flat)["91.0 ± 0.4"].xyann[1] < 0 < texts(rising)["80.0 ± 0.4"].xyann[1]

@@ -1,0 +1,207 @@
+"""Run folders and checkpoints: what survives, what is noticed, what is refused."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import dense, flat
+from toolkit import Meta, UserError, algorithms
+from toolkit.runs import checkpoint
+from toolkit.runs.folder import Run, config_hash, prepare
+
+META = algorithms.maml(dense()).init()
+STATE: dict[str, Any] = {"iteration": 7, "meta": META._asdict(), "optimizer": {"state": {}, "param_groups": []}}
+ROOT = Path(__file__).parent.parent
+# A short run with frequent checkpoints; every flag that matters for speed is small.
+SHORT = [
+    "--iterations", "60", "--validate-every", "7", "--val-tasks", "5", "--eval-tasks", "6", "--eval-steps", "2", "--no-compile",
+]  # fmt: skip
+
+
+def save(folder: Path, iteration: int = 7, identity: str = "a") -> Path:
+    return checkpoint.save(folder, iteration, META, STATE | {"iteration": iteration}, identity)
+
+
+def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    save(tmp_path)
+    loaded = checkpoint.load_newest(tmp_path, "a")
+    assert loaded is not None
+    weights, state = loaded
+    assert set(weights.params) == set(META.params)
+    assert all(torch.equal(weights.params[name], META.params[name]) for name in META.params)
+    assert torch.equal(flat(Meta(**state["meta"])), flat(META)) and state["iteration"] == 7
+
+
+def test_the_newest_two_checkpoints_are_kept_and_stale_files_swept(tmp_path: Path) -> None:
+    (tmp_path / ".step-00000001.tmp").mkdir()
+    for iteration in (1, 2, 3):
+        save(tmp_path, iteration)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "state.pt", "manifest.json"])
+def test_a_flipped_bit_or_a_cut_is_noticed_and_the_older_checkpoint_used(tmp_path: Path, name: str) -> None:
+    random = Random(0)
+    for trial in range(30):
+        save(tmp_path, 1)
+        path = save(tmp_path, 2) / name
+        data = bytearray(path.read_bytes())
+        if trial % 3 == 0:
+            data = data[: random.randrange(len(data))]
+        else:
+            data[random.randrange(len(data))] ^= 1 << random.randrange(8)
+        path.write_bytes(data)
+        loaded = checkpoint.load_newest(tmp_path, "a")
+        assert loaded is not None
+        weights, state = loaded
+        harmless = name == "manifest.json" and state["iteration"] == 2  # such as a bit of white space
+        assert torch.equal(flat(weights), flat(META)) and (state["iteration"] == 1 or harmless)
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    class Gadget:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "canary"),)
+
+    checkpoint.save(tmp_path / "c", 1, META, {"gadget": Gadget()}, "a")
+    with pytest.raises(UserError, match="more than plain values"):
+        checkpoint.load_newest(tmp_path / "c", "a")
+    assert not (tmp_path / "canary").exists()
+
+
+def test_an_error_of_the_disk_is_raised_and_the_older_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+
+    def full(handle: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        save(tmp_path, 2)
+    monkeypatch.undo()
+    loaded = checkpoint.load_newest(tmp_path, "a")
+    assert loaded is not None and loaded[1]["iteration"] == 1
+
+
+def test_another_configuration_or_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path)
+    with pytest.raises(UserError, match="another configuration"):
+        checkpoint.load_newest(tmp_path, "b")
+    monkeypatch.setattr(checkpoint, "FORMAT", 99)
+    save(tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="format 99"):
+        checkpoint.load_newest(tmp_path, "a")
+
+
+def test_run_folders_are_never_mixed_up(tmp_path: Path) -> None:
+    config = {"inner_lr": 0.4, "out": "here"}
+    run = tmp_path / "run"
+    prepare(run, config, resume=False, overwrite=False)
+    with pytest.raises(UserError, match="exists; continue it with --resume"):
+        prepare(run, config, resume=False, overwrite=False)
+    with pytest.raises(UserError, match=r"--inner-lr 0\.4, not 0\.1"):
+        prepare(run, config | {"inner_lr": 0.1}, resume=True, overwrite=False)
+    prepare(run, config | {"out": "there"}, resume=True, overwrite=False)
+    (run / "old").touch()
+    prepare(run, config | {"inner_lr": 0.1}, resume=False, overwrite=True)
+    assert not (run / "old").exists()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").touch()
+    with pytest.raises(UserError, match="is not a run folder"):
+        prepare(tmp_path / "photos", config, resume=False, overwrite=True)
+    assert config_hash(config) == config_hash(config | {"out": "there"}) != config_hash(config | {"inner_lr": 0.1})
+
+
+def test_missing_and_damaged_files_are_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run folder"):
+        _ = Run(tmp_path / "none").summary
+    with pytest.raises(UserError, match=r"has no summary\.json; the run has not come so far"):
+        _ = Run(tmp_path).summary
+    (tmp_path / "summary.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        _ = Run(tmp_path).summary
+
+
+def sinusoid(out: Path, *flags: str) -> subprocess.Popen[str]:
+    """The sinusoid experiment as a user starts it, in a process of its own."""
+    command = [sys.executable, "experiments/sinusoid.py", "--out", str(out), *SHORT, *flags]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+
+def finished(out: Path, *flags: str) -> str:
+    process = sinusoid(out, *flags)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return errors
+
+
+def weights(out: Path) -> dict[str, Any]:
+    """What a run ended with, but for its timing."""
+    loaded = checkpoint.load_newest(out / "checkpoints")
+    assert loaded is not None
+    best, state = loaded
+    curve = (out / "curve.json").read_text()
+    return {"best": flat(best), "meta": flat(state["meta"]), "curve": curve, "selected": state["selected"]}
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    tensors = torch.equal(a["best"], b["best"]) and torch.equal(a["meta"], b["meta"])
+    return tensors and a["curve"] == b["curve"] and a["selected"] == b["selected"]
+
+
+def kill_and_resume(tmp_path: Path, times: int, seed: int, *flags: str) -> None:
+    """Kills a run at `times` random moments, resuming after each, and compares its end with the unbroken run."""
+    random = Random(seed)
+    finished(tmp_path / "whole", *flags)
+    whole, broken = weights(tmp_path / "whole"), tmp_path / "broken"
+    kills = 0
+    while kills < times:
+        process = sinusoid(broken, "--resume", *flags)
+        checkpoints = broken / "checkpoints"
+        before = set(checkpoints.glob("step-*"))
+        # Most of a short process is start-up; wait until it trains, then strike at a random moment of it.
+        while process.poll() is None and set(checkpoints.glob("step-*")) == before:
+            time.sleep(0.005)
+        time.sleep(random.random() * 0.4)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        if process.returncode == -signal.SIGKILL:
+            kills += 1
+        if (broken / "summary.json").exists():
+            assert same(weights(broken), whole)
+            shutil.rmtree(broken)
+    finished(broken, "--resume", *flags)
+    assert same(weights(broken), whole)
+    rows = [row["iteration"] for row in Run(broken).metrics if "loss" in row]
+    assert rows == sorted(set(rows)), "a resume must not repeat rows of metrics.jsonl"
+    assert not list((broken / "checkpoints").glob(".step-*"))
+
+
+def test_a_killed_run_ends_like_the_unbroken_one(tmp_path: Path) -> None:
+    kill_and_resume(tmp_path, 2, 0)
+
+
+@pytest.mark.slow
+def test_twenty_kills_end_like_the_unbroken_run(tmp_path: Path) -> None:
+    kill_and_resume(tmp_path, 20, 1, "--iterations", "2000", "--validate-every", "20")
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(tmp_path: Path) -> None:
+    process = sinusoid(tmp_path / "run", "--iterations", "100000", "--validate-every", "100000")
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130 and "--resume goes on" in errors and "Traceback" not in errors
+    assert checkpoint.load_newest(tmp_path / "run" / "checkpoints") is not None

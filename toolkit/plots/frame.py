@@ -1,0 +1,158 @@
+"""What the drawings share: the style, checks, names, numbers as text, and the title and legend around the axes."""
+
+import math
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from toolkit.errors import UserError
+from toolkit.runs.folder import Run
+
+STYLE = Path(__file__).with_name("toolkit.mplstyle")
+WIDTH, LINE = 3.4, 0.16  # inch: one column, one line of text
+CHARACTERS = 46  # on a line of text in one column
+NAME = 28  # characters of a run's name
+
+Numbers = np.ndarray[Any, np.dtype[np.float64]]
+Test = dict[str, Any]  # summary["test"]
+Keywords = dict[str, Any]
+Legend = list[tuple[Any, str]]  # what `Figure.legend` takes: handles with their texts
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """The toolkit's style over matplotlib's defaults, whatever the user has set; in a `with`, or as a decorator."""
+    with style.context(STYLE, after_reset=True):
+        yield
+
+
+def tests_of(runs: Sequence[Run]) -> list[Test]:
+    """The test results. Raises UserError unless every run has one, and they can be drawn in one figure."""
+    most = len(matplotlib.rcParams["axes.prop_cycle"])
+    if not 1 <= len(runs) <= most:
+        raise UserError(f"a figure holds 1 to {most} runs, not {len(runs)}; draw them in groups")
+    for run in runs:
+        if not run.summary.get("test"):
+            raise UserError(f"{run.path} has no test result in summary.json; let the run finish, or evaluate it first")
+    tests = [run.summary["test"] for run in runs]
+    if len({test["metric"] for test in tests}) > 1:
+        metrics = ", ".join(f"{run.path}: {test['metric']}" for run, test in zip(runs, tests, strict=True))
+        raise UserError(f"runs of different metrics ({metrics}) do not fit in one figure; draw them separately")
+    return tests
+
+
+def label(run: Run) -> str:
+    """What names a run in a legend: its algorithm, and its folder in brackets, shortened in the middle when long."""
+    name, algorithm = run.path.resolve().name, str(run.summary["algorithm"])
+    if len(name) > NAME:
+        name = f"{name[: NAME // 2]}…{name[1 - NAME // 2 :]}"
+    return algorithm if name == algorithm else f"{algorithm} ({name})"
+
+
+def samplers(runs: Sequence[Run]) -> str:
+    """The samplers of the runs, each once."""
+    return distinct([run.summary["sampler"] for run in runs])
+
+
+def distinct(values: Sequence[Any]) -> str:
+    """The values in their order, each once, separated by commas."""
+    return ", ".join(dict.fromkeys(str(value) for value in values))
+
+
+def percent(test: Test) -> bool:
+    """Whether the metric is drawn in percent."""
+    return bool(test["metric"] == "accuracy")
+
+
+def unit(test: Test) -> str:
+    """The metric as an axis names it."""
+    return "accuracy (%)" if percent(test) else str(test["metric"])
+
+
+def column(values: Sequence[float | None], scale: float = 1.0) -> Numbers:
+    """The values times `scale`; JSON has no NaN, so what was not finite comes as None."""
+    return np.array([math.nan if value is None else value for value in values], dtype=float) * scale
+
+
+def number(test: Test, k: int) -> str:
+    """The mean at position k ± half its 95 % interval, to a tenth of a percent or to two digits of the interval."""
+    mean, ci = column([test["mean"][k], test["ci95"][k]], 100.0 if percent(test) else 1.0)
+    if percent(test):
+        return f"{mean:.1f}" + (f" ± {ci:.1f}" if math.isfinite(ci) else "")
+    if not (math.isfinite(ci) and ci > 0):
+        return f"{mean:.3g}"
+    places = max(0, 1 - math.floor(math.log10(ci)))
+    return f"{mean:.{places}f} ± {ci:.{places}f}" if places <= 5 else f"{mean:.2e} ± {ci:.0e}"
+
+
+def marked(run: Run, test: Test) -> list[int]:
+    """The positions in the curve whose numbers are written out: the training step, when it is there, and the last."""
+    steps = test["steps"]
+    return sorted({steps.index(step) for step in [run.summary.get("inner_steps")] if step in steps} | {len(steps) - 1})
+
+
+def numbers(run: Run, test: Test) -> str:
+    """The numbers at the marked positions in words, for a legend: several runs leave no room for them in the plot."""
+    texts = []
+    for k in marked(run, test):
+        median = "" if percent(test) else f" (median {column([test['median'][k]])[0]:.3g})"
+        texts.append(f"{number(test, k)}{median} at {test['steps'][k]}".replace(" ", "\N{NO-BREAK SPACE}"))
+    return "; ".join(texts)
+
+
+def moving_mean(values: Numbers, width: int) -> Numbers:
+    """The mean of the finite values in a centred window of odd width, narrower at both ends."""
+    finite = np.isfinite(values)
+    count = np.convolve(finite, np.ones(width))
+    total = np.convolve(np.where(finite, values, 0.0), np.ones(width))
+    mean = np.divide(total, count, out=np.full_like(total, math.nan), where=count > 0)
+    return mean[width // 2 : width // 2 + len(values)]
+
+
+def log_if_wide(axes: Axes, room: float = 0.05) -> None:
+    """Log where the lines are positive and range over more than a factor of 10, with `room` (a fraction) at both ends.
+
+    Only lines count: an interval that comes near 0 must not stretch the axis over many decades.
+    """
+    values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axes.get_lines()])
+    values = values[np.isfinite(values)]
+    if values.size and values.min() > 0 and (ratio := values.max() / values.min()) > 10:
+        axes.set_yscale("log")
+        axes.set_ylim(values.min() / ratio**room, values.max() * ratio**room)
+
+
+def look(index: int) -> Keywords:
+    """Colour, dashes and marker of the run at a place in the figure."""
+    return dict(list(matplotlib.rcParams["axes.prop_cycle"])[index])
+
+
+def finish(figure: Figure, title: str, runs: Legend, shared: Legend, panels_height: float) -> Figure:
+    """Puts the title above and the legend below, and makes the figure so high that `panels_height` inches stay between.
+
+    The legend names every entry of `runs`, also where two have one name, then each name of `shared` once.
+    """
+    head = _wrap(title, int(CHARACTERS * figure.get_figwidth() / WIDTH))
+    figure.suptitle(head)
+    lines = head.count("\n") + 1
+    entries = runs + [(handle, text) for text, handle in {text: handle for handle, text in shared}.items()]
+    if entries:
+        texts = [_wrap(text, CHARACTERS - 4) for _, text in entries]
+        columns = 2 if len(texts) > 2 and max(map(len, texts)) <= CHARACTERS // 2 - 2 else 1
+        handles = [handle for handle, _ in entries]
+        figure.legend(handles, texts, loc="outside lower center", ncols=columns)
+        lines += math.ceil(sum(text.count("\n") + 1 for text in texts) / columns) + 1
+    figure.set_figheight(panels_height + lines * LINE + 0.1)
+    return figure
+
+
+def _wrap(text: str, characters: int) -> str:
+    """The text in lines; dollars are escaped because matplotlib would read them as formulas."""
+    return "\n".join(textwrap.fill(line, characters) for line in text.splitlines()).replace("$", r"\$")
