@@ -161,7 +161,7 @@ def poisoned(bad_task: int) -> Callable[[torch.Generator], Task]:
 def test_a_loss_that_is_not_finite_stops_with_iteration_and_task_and_keeps_what_was_good(tmp_path: Path) -> None:
     flags = sinusoid.Config(iterations=20, tasks=4, compile=False, out=tmp_path / "run", val_tasks=3, eval_tasks=3)
     learner = algorithms.maml(mlp(), loss=squared_error, metric=squared_error, inner_lr=0.01)
-    with pytest.raises(UserError, match="iteration 6: the loss of task 22 is nan; .*everything up to iteration 5 is saved"):
+    with pytest.raises(UserError, match=r"iteration 6: the loss of task 22 is nan; .*everything up to iteration 5 is saved"):
         run(flags, "sinusoid", learner, poisoned(22), Sinusoid(5, 5), Sinusoid(5, 5))
     from toolkit.runs.checkpoint import load_newest
 
@@ -188,7 +188,10 @@ def test_config_json_holds_every_flag(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_help_names_the_shared_flags(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    shared = ["--algorithm", "--sampler", "--model", "--shots", "--queries", "--inner-steps", "--inner-lr", "--meta-lr", "--tasks", "--iterations", "--eval-tasks", "--eval-steps", "--seed", "--device", "--out", "--resume", "--compile", "--no-compile", "--debug"]
+    names = (
+        "algorithm sampler model shots queries inner-steps inner-lr meta-lr tasks iterations eval-tasks eval-steps seed device"
+    )
+    shared = [f"--{name}" for name in [*names.split(), "out", "resume", "compile", "no-compile", "debug"]]
     for name in ("sinusoid", "omniglot", "quickstart"):
         with pytest.raises(SystemExit):
             start(import_module(f"experiments.{name}"), monkeypatch, "--help")

@@ -1,5 +1,7 @@
 """The meta-gradient against truth: finite differences, closed forms, learn2learn, and itself under every plan."""
 
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 
@@ -253,3 +255,30 @@ def test_compiled_equals_eager() -> None:
         for _ in range(2):
             grads, _ = meta_gradient(learner, meta, tasks, Plan("vmap", memory=memory, compile=True))
             assert relative(grads, expected) < 1e-10
+
+
+MEMORY_PROBE = """
+import resource, sys, torch
+from toolkit import Plan, algorithms, draw, meta_gradient
+from toolkit.metrics import squared_error
+from toolkit.models import mlp
+from toolkit.samplers import Sinusoid
+steps, memory = int(sys.argv[1]), sys.argv[2]
+learner = algorithms.maml(mlp((1, 64, 64, 1)), loss=squared_error, metric=squared_error, inner_lr=0.01, inner_steps=steps)
+tasks = draw(Sinusoid(shots=2000, queries=10), 8, seed=0)
+meta = learner.init()
+meta_gradient(algorithms.maml(mlp(), loss=squared_error, metric=squared_error, inner_steps=1), algorithms.maml(mlp()).init(), tasks)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+meta_gradient(learner, meta, tasks, Plan("vmap", memory=memory))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+def test_recompute_keeps_memory_flat_in_the_number_of_inner_steps() -> None:
+    def peak(steps: int, memory: str) -> int:
+        command = [sys.executable, "-c", MEMORY_PROBE, str(steps), memory]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert peak(40, "recompute") < 1.5 * peak(5, "recompute")
+    assert peak(40, "unroll") > 4 * peak(5, "recompute"), "unrolling must grow, or this test proves nothing"

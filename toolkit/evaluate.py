@@ -37,7 +37,7 @@ def evaluate(
         raise UserError(f"{tasks} evaluation tasks with {steps} steps; give at least 1 task and 0 steps")
     learner = replace(learner, training=False)
     device = next(iter(meta.params.values())).device
-    digest, losses, metrics = hashlib.sha256(), [], []
+    digest, scores = hashlib.sha256(), list[Score]()
     work = run = None
     for start in range(0, tasks, DRAWN_AT_ONCE):
         drawn = draw(sampler, min(DRAWN_AT_ONCE, tasks - start), seed, start, split)
@@ -47,12 +47,10 @@ def evaluate(
             plan = plan or default_plan(learner, drawn)
             run, work = runner(learner, plan), partial(_walk, meta, steps, plan)
         with exact_attention():
-            for loss, metric in run(work, plan.pieces(drawn)):
-                losses.append(loss)
-                metrics.append(metric)
+            scores += run(work, plan.pieces(drawn))
         if progress:
             progress(count(drawn))
-    loss, metric = (torch.cat(values).double().cpu() for values in (losses, metrics))
+    loss, metric = (torch.cat(values).double().cpu() for values in zip(*scores, strict=True))
     return Curve(loss, metric, learner.metric_name, digest.hexdigest()[:16])
 
 

@@ -1,18 +1,18 @@
 """The harness of every experiment: flags in; training, validation, checkpoints, test, figures and a run folder out."""
 
-import json
 import logging
+import os
 import signal
 import sys
-import time
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from toolkit.engine import Plan, default_plan
@@ -23,13 +23,13 @@ from toolkit.learner import Learner, Meta
 from toolkit.metrics import HIGHER_IS_BETTER
 from toolkit.runs import checkpoint
 from toolkit.runs.folder import Run, config_hash, prepare, write_json
+from toolkit.runs.journal import Journal
 from toolkit.runs.summary import code_version, summarise, table
 from toolkit.task import TaskSampler, draw, move, take
 from toolkit.train import NotFinite, Record, State, train
 from toolkit.tree import numel
 
 log = logging.getLogger("toolkit")
-ROWS = 1000  # training rows in metrics.jsonl at most, so that the file stays small however long the run
 SHOWN_STEPS = (0, 1, 5, 10)
 
 
@@ -58,6 +58,7 @@ def run(
     """
     git = code_version()  # now: the files may change while the run goes on
     config = {"experiment": experiment} | {k: str(v) if isinstance(v, Path) else v for k, v in asdict(flags).items()}
+    learner = replace(learner, model=learner.model.to(flags.device))
     plan = _plan(flags, learner, training)
     folder = flags.out or Path("results") / experiment / flags.run_name
     finished = prepare(folder, config, flags.resume, flags.overwrite)
@@ -103,81 +104,53 @@ def _train(
     flags: Flags, folder: Path, learner: Learner, training: TaskSampler, validation: TaskSampler, plan: Plan, identity: str
 ) -> Outcome:
     """Training with validation, checkpoints, progress and metrics; starts from the newest checkpoint if there is one."""
-    checkpoints, metrics = folder / "checkpoints", folder / "metrics.jsonl"
-    loaded = checkpoint.load_newest(checkpoints, identity)
-    if loaded:
-        best, saved = loaded
-        start: State | None = State(saved["iteration"], Meta(**saved["meta"]), saved["optimizer"])
-        selected, before = saved["selected"], saved["seconds"]
-        with open(metrics, "rb+") as file:
-            file.truncate(saved["metrics_bytes"])
-        log.info("going on after iteration %d", saved["iteration"])
-    else:
-        best, start, selected, before = learner.init(), None, {}, 0.0
-        metrics.write_bytes(b"")
-    began = time.perf_counter()
-    every = max(1, flags.iterations // ROWS)
-    window: list[Record] = []
-    state = start
+    checkpoints = folder / "checkpoints"
+    best, saved = checkpoint.load_newest(checkpoints, identity) or (learner.init(), {})
+    state = State(saved["iteration"], Meta(**saved["meta"]), saved["optimizer"]) if saved else None
+    selected = saved.get("selected", {})
+    journal = Journal(folder / "metrics.jsonl", flags.iterations, saved.get("metrics_bytes", 0), saved.get("seconds", 0.0))
+    done = state.iteration if state else 0
+    if done:
+        log.info("going on after iteration %d", done)
 
-    def write(row: dict[str, float]) -> None:
-        with open(metrics, "a") as file:
-            file.write(json.dumps(row) + "\n")
+    def save() -> None:
+        if state:
+            journal.flush()
+            content = {"selected": selected, "seconds": journal.seconds, "metrics_bytes": journal.size}
+            content |= {"iteration": state.iteration, "meta": state.meta._asdict(), "optimizer": state.optimizer}
+            checkpoint.save(checkpoints, state.iteration, best, content, identity)
 
-    def flush() -> None:
-        if window:
-            loss, metric = (sum(values) / len(window) for values in zip(*((r.loss, r.metric) for r in window), strict=True))
-            seconds = round(before + time.perf_counter() - began, 3)
-            write({"iteration": window[-1].iteration, "loss": loss, "metric": metric, "seconds": seconds})
-            window.clear()
-
-    def save(state: State) -> None:
-        flush()
-        content = {
-            "iteration": state.iteration, "meta": state.meta._asdict(), "optimizer": state.optimizer, "selected": selected,
-            "seconds": before + time.perf_counter() - began, "metrics_bytes": metrics.stat().st_size,
-        }  # fmt: skip
-        checkpoint.save(checkpoints, state.iteration, best, content, identity)
-
-    records = train(learner, training, flags.iterations, flags.tasks, flags.meta_lr, flags.seed, plan, start, flags.device)
-    done = start.iteration if start else 0
+    records = train(learner, training, flags.iterations, flags.tasks, flags.meta_lr, flags.seed, plan, state, flags.device)
     bar = tqdm(total=flags.iterations, initial=done, desc="train", unit="it", disable=done == flags.iterations)
     with bar, _stop_signals() as stopped:
         try:
             for record in records:
-                window.append(record)
                 state = record.state
+                if row := journal.add(record):
+                    bar.set_postfix(_shown(row, record, learner, flags.tasks), refresh=False)
                 bar.update()
                 last = record.iteration == flags.iterations
-                if len(window) >= every or last:
-                    _show(bar, window, learner, flags.tasks)
-                    flush()
-                if record.iteration % flags.validate_every == 0 or last:
-                    row = _validate(flags, learner, record.meta, validation)
-                    write({"iteration": record.iteration} | row)
+                if last or record.iteration % flags.validate_every == 0:
+                    journal.flush()
+                    row = {"iteration": record.iteration} | _validate(flags, learner, record.meta, validation)
+                    journal.write(row)
                     if _better(row, selected, learner):
-                        selected = {"iteration": record.iteration} | row
-                        best = Meta(*({n: t.detach().clone() for n, t in tree.items()} for tree in record.meta))
-                    save(record.state)
-                elif stopped:
-                    save(record.state)
+                        selected, best = row, pytree.tree_map(torch.clone, record.meta)
+                    save()
                 if stopped and not last:
+                    save()
                     bar.close()
                     log.info("stopped after iteration %d; the same command with --resume goes on", record.iteration)
                     sys.exit(128 + stopped[0])
         except NotFinite as error:
-            if state:
-                save(state)
+            save()
             raise UserError(f"{error}; everything up to iteration {state.iteration if state else 0} is saved") from None
-    return Outcome(best, selected, before + time.perf_counter() - began)
+    return Outcome(move(best, flags.device), selected, journal.seconds)
 
 
-def _show(bar: "tqdm[Any]", window: list[Record], learner: Learner, tasks: int) -> None:
-    n = len(window)
-    shown = {"loss": f"{sum(r.loss for r in window) / n:.3f}", "tasks/s": f"{tasks * n / sum(r.seconds for r in window):.0f}"}
-    if learner.metric_name != "squared error":
-        shown[learner.metric_name] = f"{sum(r.metric for r in window) / n:.3f}"
-    bar.set_postfix(shown, refresh=False)
+def _shown(row: dict[str, float], record: Record, learner: Learner, tasks: int) -> dict[str, str]:
+    shown = {"loss": f"{row['loss']:.3f}", "tasks/s": f"{tasks / record.seconds:.0f}"}
+    return shown | ({"accuracy": f"{row['metric']:.3f}"} if learner.metric_name == "accuracy" else {})
 
 
 def _validate(flags: Flags, learner: Learner, meta: Meta, validation: TaskSampler) -> dict[str, float]:
@@ -198,11 +171,15 @@ def _better(row: dict[str, float], selected: dict[str, float], learner: Learner)
 def _stop_signals() -> Iterator[list[int]]:
     """Collects SIGINT and SIGTERM instead of dying of them; a second SIGINT interrupts at once."""
     received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # only the main thread may set handlers
+        return
 
     def note(number: int, frame: FrameType | None) -> None:
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
+        os.write(2, b"\nfinishing this iteration, then saving (Ctrl-C again stops at once)\n")
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -118,6 +118,9 @@ def launch(flags_type: type[F], body: Callable[[F], object], presets: dict[str, 
         if flags.debug:
             raise
         sys.exit(_say(error))
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command with --resume goes on from the newest checkpoint", file=sys.stderr)
+        sys.exit(130)
 
 
 def check(flags: Flags) -> None:

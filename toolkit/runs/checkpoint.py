@@ -88,7 +88,7 @@ def load_newest(folder: Path, config_hash: str | None = None) -> tuple[Meta, dic
         from safetensors.torch import load
 
         try:
-            state = torch.load(io.BytesIO(files["state.pt"]), weights_only=True)
+            state = torch.load(io.BytesIO(files["state.pt"]), weights_only=True, map_location="cpu")
         except UnpicklingError:
             raise UserError(f"{path / 'state.pt'} holds more than plain values; it is refused, do not trust it") from None
         tensors = load(files["weights.safetensors"])

@@ -1,13 +1,14 @@
 """`summary.json`: a run's result on one page, with all that is needed to trace and repeat it."""
 
 import platform
-import resource
 import subprocess
+import sys
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import toolkit
@@ -48,7 +49,7 @@ def summarise(
         "seconds": round(seconds, 1),
         "seconds_per_iteration": round(seconds / config["iterations"], 6),
         "tasks_per_second": round(config["iterations"] * config["tasks"] / seconds, 1) if seconds else None,
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "peak_mb": _peak_mb(config["device"]),
         "parameters": numel(params),
         "adapted_parameters": numel(learner.adapted(params)),
     }
@@ -70,6 +71,16 @@ def summarise(
         "task_list_hash": curve.task_list_hash,
         "git": git,
     }
+
+
+def _peak_mb(device: str) -> int:
+    """The most memory held so far: by the process on a CPU, by tensors on a GPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) // 2**20
+    import resource  # not on every system, and needed only here
+
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
 
 
 def _plain(values: Tensor) -> list[float | None]:

@@ -1,0 +1,59 @@
+"""On a CUDA device: the same gradient and the same curve as in float64 on the CPU."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import sinusoid
+from tests.conftest import convolutional, dense, relative, task_batch
+from toolkit import Plan, algorithms, evaluate, meta_gradient
+from toolkit.experiment import run
+from toolkit.learner import Learner
+from toolkit.metrics import squared_error
+from toolkit.models import mlp
+from toolkit.rules import Adam
+from toolkit.runs.checkpoint import load_newest
+from toolkit.samplers import Sinusoid
+from toolkit.task import move
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def device() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
+def on_gpu(learner: Learner) -> Learner:
+    learner.model.to("cuda")
+    return learner
+
+
+@pytest.mark.parametrize("memory", ["unroll", "recompute"])
+@pytest.mark.parametrize("model", ["dense", "convolutional"])
+def test_the_gradient_equals_that_of_the_cpu(model: str, memory: str) -> None:
+    build, shape = (dense, (3,)) if model == "dense" else (convolutional, (1, 8, 8))
+    tasks = task_batch(shape=shape)
+    exact, _ = meta_gradient(cpu := algorithms.maml(build(), rule=Adam(0.05, eps=1e-3), inner_steps=3), cpu.init(), tasks)
+    learner = on_gpu(algorithms.maml(build(), rule=Adam(0.05, eps=1e-3), inner_steps=3))
+    grads, _ = meta_gradient(learner, learner.init(), move(tasks, "cuda"), Plan("vmap", memory=memory))
+    assert relative(move(grads, "cpu"), exact) < 1e-10
+
+
+def test_a_run_resumes_on_the_gpu(tmp_path: Path) -> None:
+    def go(iterations: int, resume: bool) -> float:
+        flags = sinusoid.Config(
+            iterations=iterations, validate_every=3, val_tasks=5, eval_tasks=7, eval_steps=2, compile=False,
+            out=tmp_path / "run", device="cuda", resume=resume, overwrite=not resume,
+        )  # fmt: skip
+        learner = algorithms.maml(mlp(), loss=squared_error, metric=squared_error, inner_lr=0.01)
+        return run(flags, "sinusoid", learner, Sinusoid(10, 10), Sinusoid(10, 20), Sinusoid(10, 20)).summary["test"]["mean"][-1]
+
+    mean = go(6, resume=False)
+    assert go(6, resume=True) == pytest.approx(mean, rel=1e-6)
+    loaded = load_newest(tmp_path / "run" / "checkpoints")
+    assert loaded is not None
+    on_cpu = algorithms.maml(mlp(), loss=squared_error, metric=squared_error, inner_lr=0.01)
+    assert float(evaluate(on_cpu, loaded[0], Sinusoid(10, 20), 7, 2).mean()[-1]) == pytest.approx(mean, rel=1e-3)

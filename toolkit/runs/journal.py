@@ -1,0 +1,59 @@
+"""`metrics.jsonl` while a run goes on: rows of training means and of validations, and the clock behind them."""
+
+import json
+import time
+from pathlib import Path
+
+from toolkit.train import Record
+
+ROWS = 1000  # training rows at most, so that the file stays small however long the run
+
+
+class Journal:
+    """Appends to `path`. Training records are averaged over windows of iterations // 1000, and written when one is full.
+
+    A resumed run gives the `size` in bytes that the file had at its checkpoint, so that no row repeats, and the `seconds` that
+    had passed by then.
+    """
+
+    def __init__(self, path: Path, iterations: int, size: int = 0, seconds: float = 0.0) -> None:
+        self.path, self.every = path, max(1, iterations // ROWS)
+        self.window: list[Record] = []
+        self.began = time.perf_counter() - seconds
+        with open(path, "ab") as file:
+            file.truncate(size)
+
+    @property
+    def seconds(self) -> float:
+        """The time of this run, earlier parts included."""
+        return time.perf_counter() - self.began
+
+    @property
+    def size(self) -> int:
+        """The file's length in bytes."""
+        return self.path.stat().st_size
+
+    def add(self, record: Record) -> dict[str, float] | None:
+        """Notes one iteration. Returns the row when it filled a window."""
+        self.window.append(record)
+        return self.flush() if len(self.window) >= self.every else None
+
+    def flush(self) -> dict[str, float] | None:
+        """Writes the window's means, even if it is not full, and returns them; None when it is empty."""
+        if not self.window:
+            return None
+        n = len(self.window)
+        row = {
+            "iteration": self.window[-1].iteration,
+            "loss": sum(record.loss for record in self.window) / n,
+            "metric": sum(record.metric for record in self.window) / n,
+            "seconds": round(self.seconds, 3),
+        }
+        self.window.clear()
+        self.write(row)
+        return row
+
+    def write(self, row: dict[str, float]) -> None:
+        """Appends one row."""
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
