@@ -97,7 +97,7 @@ def test_another_configuration_or_format_is_refused(tmp_path: Path, monkeypatch:
     with pytest.raises(UserError, match="another configuration"):
         checkpoint.load_newest(tmp_path, "b")
     monkeypatch.setattr(checkpoint, "FORMAT", 99)
-    save(tmp_path)
+    save(tmp_path, 8)
     monkeypatch.undo()
     with pytest.raises(UserError, match="format 99"):
         checkpoint.load_newest(tmp_path, "a")

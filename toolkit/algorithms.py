@@ -1,6 +1,6 @@
 """The methods, each a few lines of data: a row of the table in ARCHITECTURE.md.
 
-All take the model first and share these arguments: `loss` and `metric` of (prediction, y); `inner_lr`; `inner_steps`;
+All take the model first and share these keyword arguments: `loss` and `metric` of (prediction, y); `inner_lr`; `inner_steps`;
 `adapts`, the names that the inner loop moves (glob patterns or a predicate); `batch_norm`, a policy of `toolkit.norms`;
 `rule`, which replaces plain gradient descent with `inner_lr`.
 """
@@ -20,6 +20,7 @@ from toolkit.tree import Selection
 
 def maml(
     model: nn.Module,
+    *,
     loss: Loss = cross_entropy,
     inner_lr: float = 0.4,
     inner_steps: int = 1,
@@ -35,13 +36,13 @@ def maml(
 
 
 def fomaml(
-    model: nn.Module, inner_lr: float = 0.4, rule: Rule | None = None, name: str = "fomaml", **shared: object
+    model: nn.Module, *, inner_lr: float = 0.4, rule: Rule | None = None, name: str = "fomaml", **shared: object
 ) -> Learner:
     """First-order MAML: second derivatives dropped (Finn et al. 2017, section 5.2)."""
     return maml(model, rule=FirstOrder(rule or SGD(inner_lr)), name=name, **shared)  # type: ignore[arg-type]
 
 
-def anil(model: nn.Module, adapts: Selection = "head.*", name: str = "anil", **shared: object) -> Learner:
+def anil(model: nn.Module, *, adapts: Selection = "head.*", name: str = "anil", **shared: object) -> Learner:
     """Almost no inner loop: only the head adapts (Raghu et al. 2020, section 4). `adapts` names the head's parameters."""
     return maml(model, adapts=adapts, name=name, **shared)  # type: ignore[arg-type]
 

@@ -1,6 +1,8 @@
 """The harness of every experiment: flags in; training, validation, checkpoints, test, figures and a run folder out."""
 
+import copy
 import logging
+import math
 import os
 import signal
 import sys
@@ -20,7 +22,6 @@ from toolkit.errors import UserError
 from toolkit.evaluate import evaluate, predictions
 from toolkit.flags import Flags
 from toolkit.learner import Learner, Meta
-from toolkit.metrics import HIGHER_IS_BETTER
 from toolkit.runs import checkpoint
 from toolkit.runs.folder import Run, config_hash, prepare, write_json
 from toolkit.runs.journal import Journal
@@ -58,17 +59,21 @@ def run(
     """
     git = code_version()  # now: the files may change while the run goes on
     config = {"experiment": experiment} | {k: str(v) if isinstance(v, Path) else v for k, v in asdict(flags).items()}
-    learner = replace(learner, model=learner.model.to(flags.device))
+    if flags.device != "cpu":
+        learner = replace(learner, model=copy.deepcopy(learner.model).to(flags.device))
     plan = _plan(flags, learner, training)
     folder = flags.out or Path("results") / experiment / flags.run_name
     finished = prepare(folder, config, flags.resume, flags.overwrite)
     log.info("%s on %s, %s", learner.name, flags.sampler, _describe(learner, plan))
     outcome = _train(flags, folder, learner, training, validation, plan, config_hash(config))
     with tqdm(total=flags.eval_tasks, desc="test", unit="task") as bar:
-        curve = evaluate(learner, outcome.best, test, flags.eval_tasks, flags.eval_steps, flags.eval_seed, progress=bar.update)
+        curve = evaluate(
+            learner, outcome.best, test, flags.eval_tasks, flags.eval_steps, flags.eval_seed, "test", _judging(plan), bar.update
+        )
+    uses_batch_norm = learner.observe(move(take(draw(test, 1, flags.eval_seed), 0), flags.device).support.x).batch_norm
     write_json(folder / "curve.json", curve.to_json())
     _write_example(folder, flags, learner, outcome.best, test)
-    summary = summarise(config, learner, plan, curve, outcome.seconds, outcome.selected, chance, git)
+    summary = summarise(config, learner, plan, curve, outcome.seconds, outcome.selected, chance, git, uses_batch_norm)
     write_json(folder / "summary.json", summary)
     from toolkit.plots.save import draw_run
 
@@ -79,15 +84,18 @@ def run(
 
 
 def _plan(flags: Flags, learner: Learner, training: TaskSampler) -> Plan:
+    plan = default_plan(learner, move(draw(training, flags.tasks, flags.seed), flags.device))
     if flags.map != "auto":
-        plan = Plan(flags.map, flags.chunk)
-    elif flags.compile:
-        plan = Plan("vmap", flags.chunk)
-    else:
-        batch = draw(training, flags.tasks, flags.seed)
-        plan = default_plan(learner, move(batch, flags.device))
-        plan = replace(plan, chunk=flags.chunk or plan.chunk)
-    return replace(plan, memory=flags.memory, compile=flags.compile)
+        plan = Plan(flags.map)
+    elif flags.compile and plan.map == "threads":
+        plan = Plan("vmap")
+    chunk = plan.chunk if flags.chunk is None else flags.chunk
+    return replace(plan, chunk=chunk, memory=flags.memory, compile=flags.compile)
+
+
+def _judging(plan: Plan) -> Plan:
+    """The plan for evaluation: the same pieces, without what only a gradient needs."""
+    return replace(plan, memory="unroll", compile=False)
 
 
 def _describe(learner: Learner, plan: Plan) -> str:
@@ -116,11 +124,12 @@ def _train(
     def save() -> None:
         if state:
             journal.flush()
+            journal.sync()
             content = {"selected": selected, "seconds": journal.seconds, "metrics_bytes": journal.size}
             content |= {"iteration": state.iteration, "meta": state.meta._asdict(), "optimizer": state.optimizer}
             checkpoint.save(checkpoints, state.iteration, best, content, identity)
 
-    records = train(learner, training, flags.iterations, flags.tasks, flags.meta_lr, flags.seed, plan, state, flags.device)
+    records = train(learner, training, flags.iterations, flags.tasks, flags.meta_lr, flags.seed, plan, state)
     bar = tqdm(total=flags.iterations, initial=done, desc="train", unit="it", disable=done == flags.iterations)
     with bar, _stop_signals() as stopped:
         try:
@@ -132,12 +141,12 @@ def _train(
                 last = record.iteration == flags.iterations
                 if last or record.iteration % flags.validate_every == 0:
                     journal.flush()
-                    row = {"iteration": record.iteration} | _validate(flags, learner, record.meta, validation)
+                    row = {"iteration": record.iteration} | _validate(flags, learner, record.meta, validation, plan)
                     journal.write(row)
                     if _better(row, selected, learner):
                         selected, best = row, pytree.tree_map(torch.clone, record.meta)
                     save()
-                if stopped and not last:
+                if stopped:
                     save()
                     bar.close()
                     log.info("stopped after iteration %d; the same command with --resume goes on", record.iteration)
@@ -153,18 +162,27 @@ def _shown(row: dict[str, float], record: Record, learner: Learner, tasks: int) 
     return shown | ({"accuracy": f"{row['metric']:.3f}"} if learner.metric_name == "accuracy" else {})
 
 
-def _validate(flags: Flags, learner: Learner, meta: Meta, validation: TaskSampler) -> dict[str, float]:
-    curve = evaluate(learner, meta, validation, flags.val_tasks, learner.steps, flags.eval_seed, "val")
-    means = {"val_loss": curve.mean(curve.loss), "val_metric": curve.mean(), "val_ci95": curve.ci95()}
+def _validate(flags: Flags, learner: Learner, meta: Meta, validation: TaskSampler, plan: Plan) -> dict[str, float]:
+    curve = evaluate(learner, meta, validation, flags.val_tasks, learner.steps, flags.eval_seed, "val", _judging(plan))
+    means = {
+        "val_loss": curve.mean(curve.loss),
+        "val_metric": curve.mean(),
+        "val_ci95": curve.ci95(),
+        "val_finite": curve.finite(),
+    }
     row = {key: float(values[-1]) for key, values in means.items()}
-    return {key: value for key, value in row.items() if value == value}
+    return {key: value for key, value in row.items() if math.isfinite(value)}
 
 
 def _better(row: dict[str, float], selected: dict[str, float], learner: Learner) -> bool:
-    if "val_metric" not in row:
-        return not selected
-    sign = 1 if learner.metric_name in HIGHER_IS_BETTER else -1
-    return "val_metric" not in selected or sign * row["val_metric"] > sign * selected["val_metric"]
+    """By accuracy where that is the metric, by loss otherwise: of other metrics we do not know which way is better. A state
+    under which more tasks stay finite comes first, since means leave the others out."""
+    key, sign = ("val_metric", 1) if learner.metric_name == "accuracy" else ("val_loss", -1)
+
+    def rank(row: dict[str, float]) -> tuple[float, float]:
+        return row.get("val_finite", 0.0), sign * row[key] if key in row else -math.inf
+
+    return not selected or rank(row) > rank(selected)
 
 
 @contextmanager

@@ -7,8 +7,7 @@ engine maps it over many.
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from toolkit.errors import UserError
 from toolkit.metrics import accuracy
-from toolkit.norms import Norms, check_policy, has_batch_norm
+from toolkit.norms import Norms, check_policy
 from toolkit.task import Batch, Input, Task
 from toolkit.tree import Params, Selection, matches
 
@@ -49,6 +48,13 @@ class Score(NamedTuple):
     metric: Tensor
 
 
+class Observed(NamedTuple):
+    """What a forward pass of a model was seen to do."""
+
+    random: bool
+    batch_norm: bool
+
+
 Start = Callable[["Learner", Meta, Batch], Params]
 Objective = Callable[["Learner", Meta, Iterable[Params], Task], tuple[Tensor, Score]]
 
@@ -58,10 +64,11 @@ class Learner:
     """`loss(prediction, y)` and `metric(prediction, y)` give the mean over examples, a scalar.
 
     `adapts` selects, by parameter name, what the inner loop moves; everything else is shared by all tasks, never copied.
-    Parameters with `requires_grad=False` are frozen: neither loop moves them. `batch_norm` is a policy of
-    `toolkit.norms`. `training` is the mode that the model's other modules see (dropout).
+    Parameters with `requires_grad=False` are frozen: neither loop moves them. `batch_norm` is a policy of `toolkit.norms`.
+    While `training`, modules such as dropout keep the mode in which the model came; otherwise all are in evaluation mode.
 
-    The given model is never changed: the learner works on a copy of its modules that shares its weights.
+    The given model is never changed: the learner works on a copy of its modules that shares its weights. Raises UserError when
+    `adapts`, or one of its patterns, matches no parameter.
     """
 
     model: nn.Module
@@ -75,16 +82,16 @@ class Learner:
     batch_norm: str = "batch"
     training: bool = True
     name: str = "learner"
+    adapted_names: tuple[str, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.steps < 0:
             raise UserError(f"inner steps is {self.steps}; give 0 or more")
-        if not self.adapted_names:
-            known = ", ".join(name for name, p in self.model.named_parameters() if p.requires_grad)
-            raise UserError(f"adapts={self.adapts!r} matches no trained parameter; the model has {known}")
         check_policy(self.model, self.batch_norm)
+        object.__setattr__(self, "adapted_names", select(self.model, self.adapts))
         model = copy_modules(self.model)
-        model.train(self.training)
+        if not self.training:
+            model.eval()
         object.__setattr__(self, "model", model)
 
     def init(self) -> Meta:
@@ -96,29 +103,30 @@ class Learner:
         """The part of `params` that the inner loop moves."""
         return {name: params[name] for name in self.adapted_names}
 
-    @cached_property
-    def adapted_names(self) -> tuple[str, ...]:
-        """The names of the parameters that the inner loop moves."""
-        trained = (name for name, p in self.model.named_parameters() if p.requires_grad)
-        return tuple(name for name in trained if matches(name, self.adapts))
-
     def predict(self, params: Params, x: Input, support_x: Input | None = None) -> Tensor:
         """The model's output for `x` under `params`; batch norm sees `support_x` first if its policy asks for it."""
-        if support_x is None or not self._needs_support:
-            return self._call(params, x, None)
+        if support_x is None or self.batch_norm != "support":
+            return self._call(params, x, Norms(self.batch_norm))
         count = pytree.tree_leaves(support_x)[0].shape[0]
-        return self._call(params, pytree.tree_map(lambda s, q: torch.cat([s, q]), support_x, x), count)[count:]
+        both = pytree.tree_map(lambda s, q: torch.cat([s, q]), support_x, x)
+        return self._call(params, both, Norms(self.batch_norm, count))[count:]
 
-    def _call(self, params: Params, x: Input, support_count: int | None) -> Tensor:
+    def _call(self, params: Params, x: Input, norms: Norms) -> Tensor:
         # Cloned, so that a module which updates a buffer cannot carry state from one task to the next.
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         inputs = ((), x) if isinstance(x, dict) else ((x,), {})
-        with Norms(self.batch_norm, support_count):
+        with norms:
             return functional_call(self.model, {**buffers, **params}, *inputs)  # type: ignore[no-any-return]
 
-    @cached_property
-    def _needs_support(self) -> bool:
-        return self.batch_norm == "support" and has_batch_norm(self.model)
+    @torch.no_grad()
+    def observe(self, x: Input) -> "Observed":
+        """What one forward pass shows: whether it draws random numbers, and whether it uses batch norm."""
+        norms = Norms(self.batch_norm)
+        with torch.random.fork_rng():
+            before = torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())
+            self._call({}, x, norms)
+            after = torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())
+        return Observed(any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)), norms.used)
 
     @property
     def metric_name(self) -> str:
@@ -152,6 +160,19 @@ class Learner:
         """Query loss and metric of one task with these fast weights."""
         prediction = self.predict({**meta.params, **fast}, task.query.x, task.support.x)
         return Score(self.loss(prediction, task.query.y), self.metric(prediction, task.query.y))
+
+
+def select(model: nn.Module, adapts: Selection) -> tuple[str, ...]:
+    """The names of the trained parameters that `adapts` selects; a tied parameter is selected by any of its names."""
+    trained = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
+    chosen: set[int] = set()
+    for pattern in adapts if isinstance(adapts, tuple) else (adapts,):
+        found = {id(p) for name, p in trained if matches(name, pattern)}
+        if not found:
+            known = ", ".join(name for name, _ in trained)
+            raise UserError(f"adapts={pattern!r} matches no trained parameter; the model has {known}")
+        chosen |= found
+    return tuple(name for name, p in model.named_parameters() if id(p) in chosen)
 
 
 def copy_modules(model: nn.Module) -> nn.Module:

@@ -13,6 +13,7 @@ as if their statistics were constants, so second-order meta-gradients are silent
 (tests/test_gradients.py shows it). The same formulas in elementary operations are right.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from toolkit.errors import UserError, unknown
 
+log = logging.getLogger("toolkit")
 POLICIES = ("batch", "support", "running")
 
 
@@ -34,11 +36,13 @@ class Norms(TorchFunctionMode):
     def __init__(self, policy: str, support_count: int | None = None) -> None:
         super().__init__()
         self.policy, self.support_count = policy, support_count
+        self.used = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is F.batch_norm:
+            self.used = True
             return self._batch_norm(*args, **(kwargs or {}))
         return _REPLACED.get(func, func)(*args, **(kwargs or {}))
 
@@ -58,7 +62,7 @@ class Norms(TorchFunctionMode):
             mean, variance = running_mean.view(shape), running_var.view(shape)
         else:
             axes = [0, *range(2, input.dim())]
-            variance, mean = torch.var_mean(input[: self.support_count], axes, correction=0, keepdim=True)
+            variance, mean = _statistics(input[: self.support_count], axes)
         return _affine(input, mean, variance, eps, weight, bias, shape)
 
 
@@ -66,7 +70,7 @@ def _layer_norm(
     input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
     axes = list(range(-len(normalized_shape), 0))
-    variance, mean = torch.var_mean(input, axes, correction=0, keepdim=True)
+    variance, mean = _statistics(input, axes)
     return _affine(input, mean, variance, eps, weight, bias, list(normalized_shape))
 
 
@@ -83,7 +87,7 @@ def _instance_norm(
     shape = [1, -1] + [1] * (input.dim() - 2)
     if running_mean is not None and running_var is not None and not use_input_stats:
         return _affine(input, running_mean.view(shape), running_var.view(shape), eps, weight, bias, shape)
-    variance, mean = torch.var_mean(input, list(range(2, input.dim())), correction=0, keepdim=True)
+    variance, mean = _statistics(input, list(range(2, input.dim())))
     return _affine(input, mean, variance, eps, weight, bias, shape)
 
 
@@ -94,8 +98,14 @@ def _affine(
     x: Tensor, mean: Tensor, variance: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None, shape: list[int]
 ) -> Tensor:
     scale = (variance + eps).rsqrt()
-    x = (x - mean) * (scale if weight is None else scale * weight.view(shape))
-    return x if bias is None else x + bias.view(shape)
+    y = (x - mean) * (scale if weight is None else scale * weight.view(shape))
+    return (y if bias is None else y + bias.view(shape)).to(x.dtype)
+
+
+def _statistics(x: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
+    """(variance, mean) over `axes`, in float32 at least: squares of half-precision numbers overflow."""
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return torch.var_mean(x, axes, correction=0, keepdim=True)
 
 
 def check_policy(model: nn.Module, policy: str) -> None:
@@ -103,10 +113,11 @@ def check_policy(model: nn.Module, policy: str) -> None:
     if policy not in POLICIES:
         raise unknown("batch-norm policy", policy, POLICIES)
     for name, module in model.named_modules():
-        if policy == "running" and isinstance(module, _BatchNorm) and module.running_mean is None:
+        if policy != "running" or not isinstance(module, _BatchNorm):
+            continue
+        if module.running_mean is None:
             raise UserError(f"batch norm {name!r} keeps no running statistics; use the policy 'batch' or 'support'")
-
-
-def has_batch_norm(model: nn.Module) -> bool:
-    """Whether a module of `model` is a batch norm, so that the policy matters."""
-    return any(isinstance(module, _BatchNorm) for module in model.modules())
+        if module.num_batches_tracked == 0:
+            log.warning(
+                "batch norm %r has never been trained: its running mean is 0 and its variance 1, and will stay so", name
+            )

@@ -28,8 +28,8 @@ class EveryStep:
     weights: tuple[float, ...]
 
     def __call__(self, learner: Learner, meta: Meta, path: Iterable[Params], task: Task) -> tuple[Tensor, Score]:
+        if learner.steps != len(self.weights) or not self.weights:
+            raise UserError(f"{len(self.weights)} step weights for {learner.steps} inner steps; give one weight per step")
         scores = [learner.assess(meta, fast, task) for k, fast in enumerate(path) if k]
-        if len(scores) != len(self.weights):
-            raise UserError(f"{len(self.weights)} step weights for {len(scores)} inner steps; give one weight per step")
         value = sum((w * score.loss for w, score in zip(self.weights, scores, strict=True)), scores[0].loss * 0)
         return value, scores[-1]

@@ -68,9 +68,16 @@ def draw(sampler: TaskSampler, tasks: int, seed: int, start: int = 0, split: str
         raise UserError(f"cannot draw {tasks} tasks; ask for at least 1")
     streams = generators(seed, split, range(start, start + tasks))
     many: Callable[[Iterator[torch.Generator]], Task] | None = getattr(sampler, "draw_many", None)
+    if isinstance(sampler, type):
+        raise UserError(f"{sampler.__name__} is a class; draw from an instance of it, {sampler.__name__}(...)")
     if many is not None:
-        return many(streams)
-    drawn = [sampler(generator) for generator in streams]
+        batch = many(streams)
+        if count(batch) != tasks:
+            raise UserError(
+                f"draw_many of the sampler returned {count(batch)} tasks for {tasks} generators; return one for each"
+            )
+        return batch
+    drawn = [_checked(sampler(generator)) for generator in streams]
     try:
         return stack(drawn)
     except (RuntimeError, ValueError) as error:
@@ -78,6 +85,15 @@ def draw(sampler: TaskSampler, tasks: int, seed: int, start: int = 0, split: str
             f"tasks {start} to {start + tasks - 1} of the sampler differ in shape and cannot be stacked ({error}); "
             "give every task the same ways, shots and queries"
         ) from None
+
+
+def _checked(task: object) -> Task:
+    if not isinstance(task, Task) or not all(isinstance(batch, Batch) for batch in task):
+        raise UserError(f"the sampler returned a {type(task).__name__}; return Task(support=Batch(x, y), query=Batch(x, y))")
+    for leaf in pytree.tree_leaves(tuple(task)):
+        if not isinstance(leaf, Tensor):
+            raise UserError(f"the sampler returned a task with a {type(leaf).__name__} in it; x and y must be tensors")
+    return task
 
 
 def stack(tasks: list[Task]) -> Task:
@@ -109,4 +125,4 @@ def fingerprint(tasks: Task, digest: "hashlib._Hash") -> None:
     for i in range(count(tasks)):
         for tensor in leaves:
             digest.update(f"{tensor.dtype}{tuple(tensor.shape[1:])}".encode())
-            digest.update(tensor[i].numpy().tobytes())
+            digest.update(tensor[i].reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -1,5 +1,6 @@
 """The outer loop, as a generator of records: whoever iterates decides when to validate, to save and to stop."""
 
+import copy
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -8,10 +9,10 @@ import torch
 from torch.nn.utils import get_total_norm
 from torch.utils import _pytree as pytree
 
-from toolkit.engine import Plan, default_plan, draws_randomly, gradient_function
+from toolkit.engine import Plan, default_plan, gradient_function
 from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta
-from toolkit.task import TaskSampler, draw, move, stream_seed
+from toolkit.task import TaskSampler, draw, move, stream_seed, take
 
 
 class State(NamedTuple):
@@ -51,25 +52,41 @@ def train(
     seed: int = 0,
     plan: Plan | None = None,
     start: State | None = None,
-    device: str | torch.device = "cpu",
 ) -> Iterator[Record]:
     """Meta-training with Adam: iteration i takes tasks i * `tasks` .. (i + 1) * `tasks` - 1 of the stream (`seed`, "train").
 
-    Continues from `start` when given, else from `learner.init()`. Yields one record per iteration; the last holds the trained
-    `meta`. Raises NotFinite with the iteration and the task as soon as a loss or the meta-gradient is not finite.
+    Continues from `start` when given, else from `learner.init()`; neither is changed. Runs on the device of these parameters,
+    where the model must be too. Yields one record per iteration; the last holds the trained `meta`. Raises UserError at once
+    for bad numbers, and NotFinite with the iteration and the task as soon as a loss or the meta-gradient is not finite.
     """
-    if iterations < 1 or tasks < 1 or meta_lr <= 0:
+    if iterations < 1 or tasks < 1 or not 0 < meta_lr < float("inf"):
         raise UserError(f"{iterations} iterations of {tasks} tasks at meta lr {meta_lr}; each must be positive")
-    meta = pytree.tree_map(lambda tensor: tensor.detach().clone().to(device), start.meta if start else learner.init())
+    return _records(learner, sampler, iterations, tasks, meta_lr, seed, plan, start)
+
+
+def _records(
+    learner: Learner,
+    sampler: TaskSampler,
+    iterations: int,
+    tasks: int,
+    meta_lr: float,
+    seed: int,
+    plan: Plan | None,
+    start: State | None,
+) -> Iterator[Record]:
+    meta = pytree.tree_map(lambda tensor: tensor.detach().clone(), start.meta if start else learner.init())
     leaves = pytree.tree_leaves(meta)
     optimizer = torch.optim.Adam(leaves, lr=meta_lr, fused=True)
     if start:
-        optimizer.load_state_dict(start.optimizer)
-    random = draws_randomly(learner)
+        optimizer.load_state_dict(copy.deepcopy(start.optimizer))
+        optimizer.param_groups[0]["lr"] = meta_lr
+    random = None
     for i in range(start.iteration if start else 0, iterations):
         began = time.perf_counter()
-        batch = move(draw(sampler, tasks, seed, i * tasks), device)
+        batch = move(draw(sampler, tasks, seed, i * tasks), leaves[0].device)
         plan = plan or default_plan(learner, batch)
+        if random is None:
+            random = learner.observe(take(batch, 0).support.x).random
         with torch.random.fork_rng(enabled=random):
             if random:
                 torch.manual_seed(stream_seed(seed, "dropout", i))

@@ -250,7 +250,7 @@ def _validation(axes: Axes, run: Run, key: str, scale: float, index: int) -> Leg
         point = frame.look(index) | {"linestyle": "", "mec": "black", "mew": 0.6, "ecolor": "black", "zorder": 4}
         bar = axes.errorbar(at, height, yerr=bars, **point, elinewidth=0.8, capsize=2, label="validation")
         marks += [(bar, "validation")]
-    if key == "metric" and (chosen := run.summary.get("selected")):
+    if key == "metric" and "val_metric" in (chosen := run.summary.get("selected") or {}):
         star: Keywords = {"marker": "*", "markersize": 11, "color": "white", "mec": "black", "linestyle": ""}
         spot = (chosen["iteration"],), frame.column([chosen["val_metric"]], scale)
         marks += [(axes.plot(*spot, **star, zorder=5, label="selected")[0], "selected on validation")]

@@ -24,10 +24,14 @@ from toolkit.learner import Meta
 log = logging.getLogger("toolkit")
 FORMAT = 1
 KEPT = 2
+BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what reading a damaged manifest can raise
 
 
 def save(folder: Path, iteration: int, weights: Meta, state: dict[str, Any], config_hash: str) -> Path:
-    """Writes one checkpoint and removes all but the newest two. An error of the disk is raised, never swallowed."""
+    """Writes one checkpoint, unless that of the same iteration is there and whole, and removes all but the newest two.
+
+    An error of the disk is raised, never swallowed.
+    """
     from safetensors.torch import save as to_bytes
 
     buffer = io.BytesIO()
@@ -50,6 +54,9 @@ def save(folder: Path, iteration: int, weights: Meta, state: dict[str, Any], con
             os.fsync(file.fileno())
     _sync(temporary)
     if final.exists():
+        if _is_whole(final):
+            shutil.rmtree(temporary)
+            return final
         shutil.rmtree(final)
     os.replace(temporary, final)
     _sync(folder)
@@ -76,7 +83,7 @@ def load_newest(folder: Path, config_hash: str | None = None) -> tuple[Meta, dic
     for path in found:
         try:
             manifest, files = _verified(path)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except BROKEN as error:
             log.warning("skipping the checkpoint %s: %s", path, error)
             continue
         if manifest["format"] != FORMAT:
@@ -96,6 +103,14 @@ def load_newest(folder: Path, config_hash: str | None = None) -> tuple[Meta, dic
     if found:
         raise UserError(f"no checkpoint in {folder} is whole; start again with --overwrite")
     return None
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        _verified(path)
+    except BROKEN:
+        return False
+    return True
 
 
 def _verified(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:

@@ -42,7 +42,10 @@ class Run:
     @cached_property
     def curve(self) -> Curve:
         """The test curve, every task."""
-        return Curve.from_json(self._json("curve.json"))
+        try:
+            return Curve.from_json(self._json("curve.json"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._damaged("curve.json", error) from None
 
     @cached_property
     def metrics(self) -> list[dict[str, float]]:
@@ -50,17 +53,20 @@ class Run:
         try:
             return [json.loads(line) for line in self._read("metrics.jsonl").splitlines()]
         except json.JSONDecodeError as error:
-            raise UserError(f"{self.path / 'metrics.jsonl'} is damaged ({error}); restore it or repeat the run") from None
+            raise self._damaged("metrics.jsonl", error) from None
 
     @cached_property
     def example(self) -> dict[str, Tensor]:
         """One test task: support_x, support_y, query_x, query_y, `steps` (shown,), predictions (shown, queries, outputs)."""
+        from safetensors import SafetensorError
         from safetensors.torch import load
 
         try:
             return load((self.path / "example.safetensors").read_bytes())
         except FileNotFoundError:
             raise self._missing("example.safetensors") from None
+        except SafetensorError as error:
+            raise self._damaged("example.safetensors", error) from None
 
     def _read(self, name: str) -> str:
         try:
@@ -72,8 +78,11 @@ class Run:
         try:
             data: dict[str, Any] = json.loads(self._read(name))
         except json.JSONDecodeError as error:
-            raise UserError(f"{self.path / name} is damaged ({error}); restore it or repeat the run") from None
+            raise self._damaged(name, error) from None
         return data
+
+    def _damaged(self, name: str, error: Exception) -> UserError:
+        return UserError(f"{self.path / name} is damaged ({error}); restore it or repeat the run")
 
     def _missing(self, name: str) -> UserError:
         if not self.path.is_dir():
@@ -116,6 +125,7 @@ def prepare(path: Path, config: dict[str, Any], resume: bool, overwrite: bool) -
 
 
 def _check_same(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
+    new = json.loads(json.dumps(new))  # as the old one was read: tuples are lists there
     for key in sorted(set(old) | set(new)):
         if key not in NOT_HASHED and old.get(key) != new.get(key):
             flag = "--" + key.replace("_", "-")

@@ -1,11 +1,15 @@
 """`metrics.jsonl` while a run goes on: rows of training means and of validations, and the clock behind them."""
 
 import json
+import logging
+import math
+import os
 import time
 from pathlib import Path
 
 from toolkit.train import Record
 
+log = logging.getLogger("toolkit")
 ROWS = 1000  # training rows at most, so that the file stays small however long the run
 
 
@@ -21,7 +25,9 @@ class Journal:
         self.window: list[Record] = []
         self.began = time.perf_counter() - seconds
         with open(path, "ab") as file:
-            file.truncate(size)
+            if file.tell() < size:
+                log.warning("%s is shorter than at the checkpoint; the rows in between are lost", path)
+            file.truncate(min(size, file.tell()))
 
     @property
     def seconds(self) -> float:
@@ -54,6 +60,12 @@ class Journal:
         return row
 
     def write(self, row: dict[str, float]) -> None:
-        """Appends one row."""
+        """Appends one row, without the values that are not finite, for which JSON has no name."""
+        finite = {key: value for key, value in row.items() if math.isfinite(value)}
         with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(finite) + "\n")
+
+    def sync(self) -> None:
+        """Makes sure that what was written is on the disk."""
+        with open(self.path, "ab") as file:
+            os.fsync(file.fileno())

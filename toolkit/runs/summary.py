@@ -15,7 +15,6 @@ import toolkit
 from toolkit.curve import Curve
 from toolkit.engine import Plan
 from toolkit.learner import Learner
-from toolkit.norms import has_batch_norm
 from toolkit.runs.folder import config_hash
 from toolkit.tree import numel
 
@@ -29,10 +28,11 @@ def summarise(
     selected: dict[str, float],
     chance: float | None,
     git: str | None,
+    uses_batch_norm: bool,
 ) -> dict[str, Any]:
     """The content of `summary.json`. `seconds` is the training time, validation and earlier parts of the run included."""
     params = learner.init().params
-    policy = learner.batch_norm if has_batch_norm(learner.model) else "no batch norm"
+    policy = learner.batch_norm if uses_batch_norm else "no batch norm"
     test = {
         "tasks": curve.tasks,
         "steps": list(range(curve.steps + 1)),
@@ -98,13 +98,14 @@ def _versions() -> dict[str, str]:
 
 
 def code_version() -> str | None:
-    """The commit of the toolkit's own checkout, with "+changes" when files differ from it; None outside a checkout."""
+    """The commit of the toolkit's own checkout, with "+changes" when files differ from it; None when it is no checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(toolkit.__file__).parent.parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", "toolkit/__init__.py")  # else this is an environment inside another repository
         changes = git("status", "--porcelain", "--untracked-files=no", "--", "toolkit", "experiments")
         return git("rev-parse", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.SubprocessError):
