@@ -106,7 +106,7 @@ def test_adaptation_draws_percent_band_chance_and_ring(tmp_path: Path) -> None:
     assert set(texts(axes)) == {"70.0 ± 2.0", "91.0 ± 0.4"}
     assert [texts(axes)[t].xy[0] for t in ("70.0 ± 2.0", "91.0 ± 0.4")] == [1, 4]
     assert axes.get_yscale() == "linear" and axes.get_ylabel() == "test accuracy (%)"
-    assert figure.get_suptitle() == "toy, 600 test tasks"
+    assert figure.get_suptitle() == "maml on toy, 600 test tasks"
     assert legend(figure) == ["mean, 95 % interval", "steps in training", "chance, 20 %"]
 
 

@@ -41,6 +41,11 @@ def state_after(learner: Learner, iteration: int, seed: int = 3) -> State:
     return copy.deepcopy(record.state)
 
 
+def numbers(state: State) -> Tensor:
+    """All numbers that a state holds, Adam's moments included."""
+    return flat((state.meta, state.optimizer["state"]))
+
+
 def test_the_first_step_moves_every_weight_by_the_rate() -> None:
     learner = learner_of()
     grads, metrics = meta_gradient(learner, learner.init(), draw(SAMPLER, 5, 3))
@@ -85,7 +90,7 @@ def test_going_on_from_a_state_equals_the_whole_and_leaves_the_state_alone(dropo
     kept = copy.deepcopy(start)
     for _ in range(2):
         assert torch.equal(weights(learner, 6, start), whole[3:])
-        assert torch.equal(flat(start), flat(kept)) and start.iteration == 3
+        assert torch.equal(numbers(start), numbers(kept)) and start.iteration == 3
         assert start.optimizer["param_groups"] == kept.optimizer["param_groups"]
     assert not len(list(train(learner, SAMPLER, 3, 5, 0.01, 3, start=start))), "nothing is left to do"
 
@@ -108,11 +113,11 @@ def test_the_learners_model_and_the_start_it_gives_are_unchanged() -> None:
 
 
 @pytest.mark.parametrize(
-    "numbers", [(0, 5, 0.01), (-1, 5, 0.01), (4, 0, 0.01), (4, 5, 0.0), (4, 5, -0.01), (4, 5, torch.inf), (4, 5, torch.nan)]
+    "bad", [(0, 5, 0.01), (-1, 5, 0.01), (4, 0, 0.01), (4, 5, 0.0), (4, 5, -0.01), (4, 5, torch.inf), (4, 5, torch.nan)]
 )
-def test_bad_numbers_are_refused_at_the_call(numbers: tuple[int, int, float]) -> None:
+def test_bad_numbers_are_refused_at_the_call(bad: tuple[int, int, float]) -> None:
     with pytest.raises(UserError, match="each must be positive"):
-        train(learner_of(), SAMPLER, *numbers)
+        train(learner_of(), SAMPLER, *bad)
 
 
 def broken_from(call: int) -> Callable[..., tuple[Tensor, Score]]:

@@ -53,7 +53,7 @@ def adaptation(runs: Sequence[Run]) -> Figure:
         axes.set_ylim(bottom=max(-3.0, axes.get_ylim()[0]))
     else:
         frame.log_if_wide(axes, room=0.3)
-    title = f"{frame.samplers(runs)}, {frame.distinct([test['tasks'] for test in tests])} test tasks"
+    title = f"{frame.heading(runs)}, {frame.distinct([test['tasks'] for test in tests])} test tasks"
     frame.finish(figure, title, named, shared, PANEL)
     if len(runs) == 1:
         _write_numbers(figure, axes, runs[0], tests[0])
@@ -85,8 +85,7 @@ def training(runs: Sequence[Run]) -> Figure:
         if scale == 1.0:
             frame.log_if_wide(axes)
     panels[-1].set_xlabel("iteration")
-    title = frame.samplers(runs) if len(runs) > 1 else f"{frame.samplers(runs)}: {frame.label(runs[0])}"
-    return frame.finish(figure, title, named, shared, PANEL * len(keys))
+    return frame.finish(figure, frame.heading(runs), named, shared, PANEL * len(keys))
 
 
 @frame.styled()
@@ -122,7 +121,7 @@ def task_card(run: Run) -> Figure:
             colour = _verdicts(axes, run, n, ends, i + 0.5, first_query + query * j + 1.06)
             _picture(axes, data["query_x"][n], i, first_query + query * j, colour, 2.0)
     part = "" if shown == classes else f", {len(shown)} of {len(classes)} classes"
-    title = f"{frame.samplers([run])}: {frame.label(run)}{part}\nbelow a query: inner steps, predicted class"
+    title = f"{frame.heading([run])}{part}\nbelow a query: inner steps, predicted class"
     return frame.finish(figure, title, [], [], inch * height)
 
 
@@ -152,7 +151,7 @@ def fits(run: Run) -> Figure:
         error = float(np.square(predicted - y).mean())
         legend += [(line, f"{steps[i]} step{'s' * (steps[i] != 1)}: {error:.3g}")]
     axes.set(xlabel="x", ylabel="y")
-    title = f"{frame.samplers([run])}: {frame.label(run)}\nin the legend: inner steps, mean squared error"
+    title = f"{frame.heading([run])}\nin the legend: inner steps, mean squared error"
     return frame.finish(figure, title, legend, [], PANEL)
 
 

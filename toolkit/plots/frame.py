@@ -57,9 +57,10 @@ def label(run: Run) -> str:
     return algorithm if name == algorithm else f"{algorithm} ({name})"
 
 
-def samplers(runs: Sequence[Run]) -> str:
-    """The samplers of the runs, each once."""
-    return distinct([run.summary["sampler"] for run in runs])
+def heading(runs: Sequence[Run]) -> str:
+    """What a figure shows: the samplers of the runs, each once, and the algorithm when there is one run."""
+    names = distinct([run.summary["sampler"] for run in runs])
+    return names if len(runs) > 1 else f"{runs[0].summary['algorithm']} on {names}"
 
 
 def distinct(values: Sequence[Any]) -> str:
