@@ -120,8 +120,8 @@ def gradient_function(learner: Learner, plan: Plan) -> Callable[[Meta, Task], tu
     observed: list[Observed] = []
 
     def gradient(meta: Meta, tasks: Task) -> tuple[Meta, Metrics]:
+        _check_batch(tasks)
         if not observed:
-            _check_batch(tasks)
             observed.append(learner.observe(take(tasks, 0).support.x))
             if observed[0].random and (plan.map == "threads" or plan.memory == "recompute" or plan.compile):
                 raise UserError(

@@ -194,7 +194,7 @@ def _stop_signals() -> Iterator[list[int]]:
         return
 
     def note(number: int, frame: FrameType | None) -> None:
-        if received and number == signal.SIGINT:
+        if signal.SIGINT in received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
         os.write(2, b"\nfinishing this iteration, then saving (Ctrl-C again stops at once)\n")

@@ -71,7 +71,7 @@ def draw(sampler: TaskSampler, tasks: int, seed: int, start: int = 0, split: str
     if isinstance(sampler, type):
         raise UserError(f"{sampler.__name__} is a class; draw from an instance of it, {sampler.__name__}(...)")
     if many is not None:
-        batch = many(streams)
+        batch = _checked(many(streams))
         if count(batch) != tasks:
             raise UserError(
                 f"draw_many of the sampler returned {count(batch)} tasks for {tasks} generators; return one for each"

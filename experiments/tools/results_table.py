@@ -1,6 +1,6 @@
 """Prints the tables of results/README.md and README.md from the committed runs, so that no number in it is typed by hand.
 
-    python -m experiments.tools.results_table
+python -m experiments.tools.results_table
 """
 
 import json

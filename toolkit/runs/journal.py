@@ -14,14 +14,14 @@ ROWS = 1000  # training rows at most, so that the file stays small however long 
 
 
 class Journal:
-    """Appends to `path`. Training records are averaged over windows of iterations // 1000, and written when one is full.
+    """Appends to `path`. Training records are averaged over windows, and written when one is full.
 
     A resumed run gives the `size` in bytes that the file had at its checkpoint, so that no row repeats, and the `seconds` that
     had passed by then.
     """
 
     def __init__(self, path: Path, iterations: int, size: int = 0, seconds: float = 0.0) -> None:
-        self.path, self.every = path, max(1, iterations // ROWS)
+        self.path, self.every = path, -(-iterations // ROWS)
         self.window: list[Record] = []
         self.began = time.perf_counter() - seconds
         with open(path, "ab") as file:
