@@ -521,3 +521,23 @@ def test_a_tied_parameter_is_selected_by_either_name() -> None:
     tasks, meta = task_batch(), learner.init()
     grads, _ = meta_gradient(learner, meta, tasks)
     assert relative(grads, finite_differences(mean_objective(learner, tasks), meta)) < 1e-6
+
+
+def test_every_batch_is_checked_not_only_the_first() -> None:
+    learner, tasks = algorithms.maml(dense()), task_batch()
+    meta = learner.init()
+    meta_gradient(learner, meta, tasks)
+    with pytest.raises(UserError, match="one task axis first"):
+        meta_gradient(learner, meta, take(tasks, 0))
+
+
+def test_what_draw_many_returns_is_checked() -> None:
+    class Pairs:
+        def __call__(self, generator: torch.Generator) -> Task:
+            raise NotImplementedError
+
+        def draw_many(self, generators: object) -> object:
+            return (torch.zeros(1), torch.zeros(1))
+
+    with pytest.raises(UserError, match="the sampler returned a tuple; return Task"):
+        draw(Pairs(), 1, seed=0)
