@@ -32,7 +32,7 @@ class Config(EpisodeFlags):
     """Few-shot classification of Omniglot characters."""
 
     sampler: str = "omniglot-vinyals"
-    """omniglot-vinyals (1,028/172/423 characters) or omniglot-background (Lake's alphabets, harder)."""
+    """omniglot-vinyals (1,028/172/423 characters) or omniglot-background (Lake's background against evaluation alphabets)."""
     model: str = "conv4"
     """conv4 (stride 2, the paper's) or conv4-pool."""
     eval_queries: int = 1

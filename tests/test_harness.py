@@ -243,7 +243,7 @@ def test_flags_and_model_decide_the_plan(tmp_path: Path) -> None:
     assert plan() == Plan("threads", chunk=8)
     assert plan(chunk=2, memory="recompute") == Plan("threads", chunk=2, memory="recompute")
     assert plan(map="loop") == Plan("loop") and plan(map="threads") == Plan("threads")
-    assert plan(compile=True) == Plan("vmap", compile=True)
+    assert plan(compile=True) == Plan("vmap", chunk=32, compile=True)
 
 
 @pytest.mark.parametrize("policy", ["batch", "support", "none"])

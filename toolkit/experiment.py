@@ -68,7 +68,7 @@ def run(
     outcome = _train(flags, folder, learner, training, validation, plan, config_hash(config))
     with tqdm(total=flags.eval_tasks, desc="test", unit="task") as bar:
         curve = evaluate(
-            learner, outcome.best, test, flags.eval_tasks, flags.eval_steps, flags.eval_seed, "test", _judging(plan), bar.update
+            learner, outcome.best, test, flags.eval_tasks, flags.eval_steps, flags.eval_seed, "test", _judging(flags, plan), bar.update
         )
     uses_batch_norm = learner.observe(move(take(draw(test, 1, flags.eval_seed), 0), flags.device).support.x).batch_norm
     write_json(folder / "curve.json", curve.to_json())
@@ -88,14 +88,15 @@ def _plan(flags: Flags, learner: Learner, training: TaskSampler) -> Plan:
     if flags.map != "auto":
         plan = Plan(flags.map)
     elif flags.compile and plan.map == "threads":
-        plan = Plan("vmap")
+        # Threads cannot be compiled; compiled code fuses the elementwise work, so its pieces may be wider.
+        plan = Plan("vmap", chunk=4 * (plan.chunk or 1))
     chunk = plan.chunk if flags.chunk is None else flags.chunk
     return replace(plan, chunk=chunk, memory=flags.memory, compile=flags.compile)
 
 
-def _judging(plan: Plan) -> Plan:
-    """The plan for evaluation: the same pieces, without what only a gradient needs."""
-    return replace(plan, memory="unroll", compile=False)
+def _judging(flags: Flags, plan: Plan) -> Plan | None:
+    """The plan for evaluation: what was asked for, without what only a gradient needs; else `evaluate` chooses."""
+    return None if flags.map == "auto" and flags.chunk is None else replace(plan, memory="unroll", compile=False)
 
 
 def _describe(learner: Learner, plan: Plan) -> str:
@@ -163,7 +164,7 @@ def _shown(row: dict[str, float], record: Record, learner: Learner, tasks: int) 
 
 
 def _validate(flags: Flags, learner: Learner, meta: Meta, validation: TaskSampler, plan: Plan) -> dict[str, float]:
-    curve = evaluate(learner, meta, validation, flags.val_tasks, learner.steps, flags.eval_seed, "val", _judging(plan))
+    curve = evaluate(learner, meta, validation, flags.val_tasks, learner.steps, flags.eval_seed, "val", _judging(flags, plan))
     means = {
         "val_loss": curve.mean(curve.loss),
         "val_metric": curve.mean(),

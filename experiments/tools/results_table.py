@@ -14,11 +14,12 @@ RUNS = {
     "sinusoid": ("sinusoid, 10-shot", "python experiments/sinusoid.py"),
     "omniglot-vinyals": (
         "Omniglot 5-way 1-shot, Vinyals split",
-        "python experiments/omniglot.py --algorithm maml --ways 5 --shots 1 --data-root data --no-compile",
+        "python experiments/omniglot.py --algorithm maml --ways 5 --shots 1 --data-root data",
     ),
     "omniglot-background": (
         "Omniglot 5-way 1-shot, background/evaluation split",
-        "python experiments/omniglot.py --sampler omniglot-background --data-root data --no-compile",
+        "python experiments/omniglot.py --sampler omniglot-background --data-root data --iterations 12000 --map vmap "
+        "--no-compile",
     ),
 }
 

@@ -37,8 +37,8 @@ def omniglot(
     """Omniglot as uint8 images (items, 1, `size`, `size`), ink 255 on 0, resized by Lanczos, 20 per class.
 
     `protocol` "vinyals": 1,028 / 172 / 423 characters over all alphabets (Vinyals et al. 2016, the list of torchmeta);
-    "background": Lake's background alphabets against his evaluation alphabets, the harder one; it has no validation set of its
-    own, so every fifth background alphabet, by name, is that.
+    "background": Lake's background alphabets against his evaluation alphabets; it has no validation set of its own, so every
+    fifth background alphabet, by name, is that.
     `rotations` makes the turns by 90, 180 and 270 degrees classes of their own. Reads the zips under `root`/omniglot-py,
     the place where torchvision puts them; `download` lets torchvision fetch them there. Decoded once into the cache.
     """
