@@ -67,9 +67,8 @@ def run(
     log.info("%s on %s, %s", learner.name, flags.sampler, _describe(learner, plan))
     outcome = _train(flags, folder, learner, training, validation, plan, config_hash(config))
     with tqdm(total=flags.eval_tasks, desc="test", unit="task") as bar:
-        curve = evaluate(
-            learner, outcome.best, test, flags.eval_tasks, flags.eval_steps, flags.eval_seed, "test", _judging(flags, plan), bar.update
-        )
+        judging, seed = _judging(flags, plan), flags.eval_seed
+        curve = evaluate(learner, outcome.best, test, flags.eval_tasks, flags.eval_steps, seed, "test", judging, bar.update)
     uses_batch_norm = learner.observe(move(take(draw(test, 1, flags.eval_seed), 0), flags.device).support.x).batch_norm
     write_json(folder / "curve.json", curve.to_json())
     _write_example(folder, flags, learner, outcome.best, test)
