@@ -5,8 +5,8 @@ Trained on Latin, Greek, Cyrillic, Canadian syllabics and others; tested on Geor
 
     python experiments/quickstart.py          (`make demo` runs this in a fresh environment)
 
-Expected: 5-way 1-shot accuracy rises from chance (20 %) before one inner step to about
-88 % after it, on scripts that training never saw, within two minutes on two CPU cores.
+Expected: 5-way 1-shot accuracy rises from chance (20 %) before one inner step to about 88 % after it, on scripts that
+training never saw; one minute of training on two CPU cores.
 """
 
 from dataclasses import dataclass
