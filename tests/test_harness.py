@@ -26,6 +26,7 @@ from toolkit.runs import checkpoint
 from toolkit.runs.folder import Run, config_hash, prepare, write_json
 from toolkit.runs.journal import ROWS, Journal
 from toolkit.samplers import Sinusoid
+from toolkit.task import move
 from toolkit.train import Record
 
 TRAINING, VALIDATION, TEST = Sinusoid(5, 6), Sinusoid(5, 7), Sinusoid(5, 8)
@@ -472,3 +473,18 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys:
     assert stop.value.code == 130
     errors = capsys.readouterr().err
     assert "the same command with --resume goes on" in errors and "Traceback" not in errors
+
+
+def test_a_resume_trains_on_the_device_of_the_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints are read onto the CPU, so what is trained further must be moved first; seen here without a GPU."""
+    flags = config(tmp_path / "run")
+    run(flags, "x", regression(), TRAINING, VALIDATION, TEST)
+    moved: list[Any] = []
+
+    def spy(tree: Any, device: Any) -> Any:
+        moved.append(tree)
+        return move(tree, device)
+
+    monkeypatch.setattr("toolkit.experiment.move", spy)
+    run(replace(flags, resume=True), "x", regression(), TRAINING, VALIDATION, TEST)
+    assert any(isinstance(tree, dict) and set(tree) == set(Meta._fields) for tree in moved)

@@ -114,7 +114,8 @@ def _train(
     """Training with validation, checkpoints, progress and metrics; starts from the newest checkpoint if there is one."""
     checkpoints = folder / "checkpoints"
     best, saved = checkpoint.load_newest(checkpoints, identity) or (learner.init(), {})
-    state = State(saved["iteration"], Meta(**saved["meta"]), saved["optimizer"]) if saved else None
+    # A checkpoint is read onto the CPU, and training stays on the device of its parameters.
+    state = State(saved["iteration"], Meta(**move(saved["meta"], flags.device)), saved["optimizer"]) if saved else None
     selected = saved.get("selected", {})
     journal = Journal(folder / "metrics.jsonl", flags.iterations, saved.get("metrics_bytes", 0), saved.get("seconds", 0.0))
     done = state.iteration if state else 0

@@ -31,7 +31,7 @@ POLICIES = ("batch", "support", "running")
 
 class Norms(TorchFunctionMode):
     """While active, replaces torch's batch, layer and instance norm. Batch norm follows `policy`; with `support_count` only
-    the first so many examples of a batch give its statistics."""
+    the first so many examples of a batch give its statistics. `used` tells afterwards whether there was a batch norm."""
 
     def __init__(self, policy: str, support_count: int | None = None) -> None:
         super().__init__()
