@@ -15,13 +15,12 @@ tasks. `--preset quick` takes 1,500 iterations. Expected numbers and their cost:
 from dataclasses import dataclass
 from pathlib import Path
 
-from toolkit import algorithms
 from toolkit.data.omniglot import omniglot
 from toolkit.errors import unknown
 from toolkit.experiment import run
-from toolkit.flags import EpisodeFlags, launch
+from toolkit.flags import EpisodeFlags, build, launch
 from toolkit.models import classifier
-from toolkit.samplers import Episodes
+from toolkit.samplers import AllClasses, Episodes
 
 PROTOCOLS = {"omniglot-vinyals": "vinyals", "omniglot-background": "background"}
 PRESETS = {"paper": {"iterations": 60_000}, "quick": {"iterations": 1_500, "validate_every": 250}}
@@ -47,17 +46,16 @@ def main(config: Config) -> None:
     if config.sampler not in PROTOCOLS:
         raise unknown("sampler", config.sampler, PROTOCOLS)
 
-    def episodes(split: str, queries: int) -> Episodes:
+    def episodes(split: str, queries: int, shots: int = config.shots) -> Episodes:
         bank = omniglot(split, config.data_root, PROTOCOLS[config.sampler], download=config.download)
-        return Episodes(bank, config.ways, config.shots, queries)
+        return Episodes(bank, config.ways, shots, queries)
 
-    learner = algorithms.build(
-        config.algorithm, classifier(config.model, config.ways, config.seed),
-        inner_lr=config.inner_lr, inner_steps=config.inner_steps, batch_norm=config.batch_norm,
-    )  # fmt: skip
+    training = episodes("train", config.queries, config.train_shots or config.shots)
+    characters = AllClasses(training.bank, config.ways * (training.shots + training.queries))
+    learner = build(config, classifier(config.model, config.ways, config.seed), characters.bank.classes)
     run(
-        config, "omniglot", learner, episodes("train", config.queries), episodes("val", config.eval_queries),
-        episodes("test", config.eval_queries), chance=1 / config.ways,
+        config, "omniglot", learner, training, episodes("val", config.eval_queries),
+        episodes("test", config.eval_queries), chance=1 / config.ways, pretraining=characters,
     )  # fmt: skip
 
 

@@ -11,13 +11,12 @@ training never saw; one minute of training on two CPU cores.
 
 from dataclasses import dataclass
 
-from toolkit import algorithms
 from toolkit.data.glyphs import glyphs
 from toolkit.errors import unknown
 from toolkit.experiment import run
-from toolkit.flags import EpisodeFlags, launch
+from toolkit.flags import EpisodeFlags, build, launch
 from toolkit.models import classifier
-from toolkit.samplers import Episodes
+from toolkit.samplers import AllClasses, Episodes
 
 
 @dataclass(frozen=True)
@@ -40,16 +39,15 @@ def main(config: Config) -> None:
     if config.sampler != "glyphs":
         raise unknown("sampler", config.sampler, ["glyphs"])
 
-    def episodes(split: str, queries: int) -> Episodes:
-        return Episodes(glyphs(split), config.ways, config.shots, queries)
+    def episodes(split: str, queries: int, shots: int = config.shots) -> Episodes:
+        return Episodes(glyphs(split), config.ways, shots, queries)
 
-    learner = algorithms.build(
-        config.algorithm, classifier(config.model, config.ways, config.seed),
-        inner_lr=config.inner_lr, inner_steps=config.inner_steps, batch_norm=config.batch_norm,
-    )  # fmt: skip
+    training = episodes("train", config.queries, config.train_shots or config.shots)
+    characters = AllClasses(training.bank, config.ways * (training.shots + training.queries))
+    learner = build(config, classifier(config.model, config.ways, config.seed), characters.bank.classes)
     run(
-        config, "quickstart", learner, episodes("train", config.queries), episodes("val", config.eval_queries),
-        episodes("test", config.eval_queries), chance=1 / config.ways,
+        config, "quickstart", learner, training, episodes("val", config.eval_queries),
+        episodes("test", config.eval_queries), chance=1 / config.ways, pretraining=characters,
     )  # fmt: skip
 
 

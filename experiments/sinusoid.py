@@ -13,10 +13,9 @@ the time. Expected numbers and their cost: results/README.md.
 
 from dataclasses import dataclass
 
-from toolkit import algorithms
 from toolkit.errors import unknown
 from toolkit.experiment import run
-from toolkit.flags import Flags, launch
+from toolkit.flags import Flags, build, launch
 from toolkit.metrics import squared_error
 from toolkit.models import regressor
 from toolkit.samplers import Sinusoid
@@ -46,12 +45,9 @@ class Config(Flags):
 def main(config: Config) -> None:
     if config.sampler != "sinusoid":
         raise unknown("sampler", config.sampler, ["sinusoid"])
-    learner = algorithms.build(
-        config.algorithm, regressor(config.model, config.seed), loss=squared_error, metric=squared_error,
-        inner_lr=config.inner_lr, inner_steps=config.inner_steps,
-    )  # fmt: skip
+    learner = build(config, regressor(config.model, config.seed), loss=squared_error, metric=squared_error)
     test = Sinusoid(config.shots, config.eval_queries)
-    run(config, "sinusoid", learner, Sinusoid(config.shots, config.queries), test, test)
+    run(config, "sinusoid", learner, Sinusoid(config.train_shots or config.shots, config.queries), test, test)
 
 
 if __name__ == "__main__":

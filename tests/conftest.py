@@ -1,5 +1,6 @@
 """Shared pieces of the tests: small smooth models, batches of tasks, finite differences."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 
 import pytest
@@ -25,6 +26,27 @@ def dense() -> nn.Module:
     for p in model.parameters():
         p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.7
     return model
+
+
+def named(**layers: nn.Module) -> nn.Module:
+    """A smooth network of named layers with random weights, float64: from three numbers to two classes, unless it is told."""
+    layers = layers or {"body": nn.Linear(3, 4), "act": nn.Tanh(), "head": nn.Linear(4, 2)}
+    generator, model = torch.Generator().manual_seed(1), nn.Sequential(OrderedDict(layers)).double()
+    for p in model.parameters():
+        p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.7
+    return model
+
+
+def stirred(learner: Learner) -> Meta:
+    """The learner's first meta-parameters with random noise on all of them, so that nothing stays zero or the identity; rates
+    stay positive."""
+    generator, meta = torch.Generator().manual_seed(5), learner.init()
+
+    def stir(name: str, tensor: Tensor) -> Tensor:
+        noise = 0.1 * torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
+        return tensor * noise.exp() if "lr/" in name else tensor + noise
+
+    return Meta(*({name: stir(name, tensor) for name, tensor in tree.items()} for tree in meta))
 
 
 def convolutional(norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> nn.Module:

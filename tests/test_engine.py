@@ -105,6 +105,35 @@ def test_equal_tasks_get_masks_of_their_own(model: str, plan: Plan) -> None:
     assert metrics.task_loss[0] != metrics.task_loss[1]
 
 
+@pytest.mark.parametrize("plan", [Plan("vmap"), Plan("vmap", chunk=2), Plan("loop")], ids=lambda p: f"{p.map} {p.chunk}")
+@pytest.mark.parametrize("model", RANDOM)
+def test_masks_repeat_by_the_seed(model: str, plan: Plan) -> None:
+    build, shape = RANDOM[model]
+    learner, tasks = algorithms.maml(build(), inner_lr=0.1, inner_steps=2), task_batch(shape=shape)
+    found = []
+    for seed in (7, 7, 8):
+        torch.manual_seed(seed)
+        found.append(meta_gradient(learner, learner.init(), tasks, plan)[0])
+    assert relative(found[1], found[0]) == 0
+    assert relative(found[2], found[0]) > 1e-3
+
+
+def test_every_step_and_the_query_set_draw_masks_of_their_own() -> None:
+    seen: list[tuple[bool, ...]] = []
+
+    def forward(own: Any, x: Tensor) -> Tensor:
+        mask = F.dropout(torch.ones(x.shape[0], 16, dtype=x.dtype), 0.5)
+        seen.append(tuple((mask != 0).flatten().tolist()))
+        return own.b(own.a(x) * mask)  # type: ignore[no-any-return]
+
+    model = Lambda(forward, a=nn.Linear(3, 16), b=nn.Linear(16, 2)).double()
+    learner = algorithms.maml(model, inner_lr=0.1, inner_steps=3)
+    tasks = task_batch(tasks=1, support=4, query=4)
+    meta_gradient(learner, learner.init(), tasks, Plan("loop"))
+    seen = seen[1:]  # the first pass only observes the model
+    assert len(seen) == 4 == len(set(seen))
+
+
 @pytest.mark.parametrize("plan", UNREPEATABLE)
 @pytest.mark.parametrize("model", RANDOM)
 def test_a_random_model_is_refused_where_masks_cannot_repeat(model: str, plan: str) -> None:
@@ -402,9 +431,17 @@ def test_every_step_with_one_weight_is_that_step(plan: Plan) -> None:
 
 @pytest.mark.parametrize(("weights", "steps"), [((1.0,), 2), ((1.0, 1.0), 1), ((), 0), ((), 1)])
 def test_every_step_needs_one_weight_per_step(weights: tuple[float, ...], steps: int) -> None:
-    learner = replace(algorithms.maml(dense(), inner_steps=steps), objective=EveryStep(weights))
+    learner = algorithms.maml(dense(), inner_steps=steps)
     with pytest.raises(UserError, match=f"{len(weights)} step weights for {steps} inner steps; give one weight per step"):
-        meta_gradient(learner, learner.init(), task_batch())
+        replace(learner, objective=EveryStep(weights))
+
+
+@pytest.mark.parametrize("weights", [(0.5, 0.6), (1.0, -1.0), (1.0, 1.0), (1.0, 1e-5)])
+def test_every_step_refuses_weights_that_do_not_sum_to_one(weights: tuple[float, ...]) -> None:
+    learner = algorithms.maml(dense(), inner_steps=2)
+    with pytest.raises(UserError, match=rf"the step weights .* sum to {sum(weights):g}; make them sum to 1"):
+        replace(learner, objective=EveryStep(weights))
+    replace(learner, objective=EveryStep((1.25, -0.25)))
 
 
 @pytest.mark.parametrize("objective", ["last step", "every step"])

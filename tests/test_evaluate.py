@@ -4,7 +4,9 @@ import copy
 import importlib
 import json
 import random
+from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -15,12 +17,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tests.conftest import convolutional, dense, relative, task_batch
-from toolkit import Batch, Curve, Learner, Plan, Task, UserError, algorithms, draw, evaluate
+from toolkit import Batch, Curve, Learner, Meta, Plan, Task, UserError, algorithms, draw, evaluate
 from toolkit.evaluate import predictions
 from toolkit.metrics import squared_error
 from toolkit.rules import SGD, Adam
 from toolkit.samplers import Linear
+from toolkit.starts import inherited
 from toolkit.task import take
+from toolkit.tree import Params
 
 PLANS = {
     "vmap": Plan("vmap"),
@@ -302,10 +306,114 @@ def test_scores_of_a_query_do_not_depend_on_the_other_queries(policy: str) -> No
     assert relative(each.mean(0), whole.loss) < 1e-12
 
 
+def three_classes(generator: torch.Generator) -> Task:
+    x = torch.randn(20, 3, generator=generator, dtype=torch.float64)
+    y = torch.randint(3, (20,), generator=generator)
+    return Task(Batch(x[:8], y[:8]), Batch(x[8:], y[8:]))
+
+
+def three_way() -> nn.Module:
+    torch.manual_seed(6)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+
+
+def averaged_by_hand(model: nn.Module, task: Task, steps: int, orders: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Loss and accuracy after 0..`steps` steps of mean probabilities; the column of class c is where its label went."""
+    total = torch.zeros(steps + 1, len(task.query.y), 3, dtype=torch.float64)
+    for order in orders:
+        own = copy.deepcopy(model)
+        moving = torch.optim.SGD(own.parameters(), lr=0.5)
+        for k in range(steps + 1):
+            with torch.no_grad():
+                shares = own(task.query.x).softmax(1)
+            for c in range(3):
+                total[k, :, c] += shares[:, int(order[c])] / len(orders)
+            moving.zero_grad()
+            relabelled = torch.tensor([int(order[label]) for label in task.support.y])
+            nn.functional.cross_entropy(own(task.support.x), relabelled).backward()
+            moving.step()
+    right = total[:, torch.arange(len(task.query.y)), task.query.y]
+    return -right.log().mean(1), (total.argmax(2) == task.query.y).double().mean(1)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_label_orders_are_averaged_as_by_hand(count: int) -> None:
+    model, seen = three_way(), list[Tensor]()
+
+    def start(own: Learner, meta: Meta, support: Batch) -> Params:
+        seen.append(support.y)
+        return inherited(own, meta, support)
+
+    learner = algorithms.maml(model, inner_lr=0.5)
+    task = take(draw(three_classes, 1, 0, split="test"), 0)
+    watched = replace(learner, start=start)
+    curve = evaluate(watched, watched.init(), three_classes, 1, 3, plan=Plan("loop"), permutations=count)
+    orders = [torch.stack([labels[task.support.y == c][0] for c in range(3)]) for labels in seen]
+    assert len(orders) == count and orders[0].tolist() == [0, 1, 2], "the given order comes first"
+    assert all(torch.equal(order[task.support.y], labels) for order, labels in zip(orders, seen, strict=True))
+    assert all(sorted(order.tolist()) == [0, 1, 2] for order in orders) and len({tuple(o.tolist()) for o in orders}) > 1
+    loss, metric = averaged_by_hand(model, task, 3, orders)
+    assert relative(curve.loss[0], loss) < 1e-12 and relative(curve.metric[0], metric) < 1e-12
+    plain = evaluate(learner, learner.init(), three_classes, 1, 3)
+    assert relative(curve.loss, plain.loss) > 1e-3
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_averages_over_label_orders_do_not_depend_on_plan_or_batch(plan: str) -> None:
+    learner = algorithms.maml(three_way(), inner_lr=0.5)
+    meta = learner.init()
+    expected = evaluate(learner, meta, three_classes, 7, 2, plan=Plan("loop"), permutations=3)
+    curve = evaluate(learner, meta, three_classes, 7, 2, plan=PLANS[plan], permutations=3)
+    assert relative(curve.loss, expected.loss) < 1e-12 and torch.equal(curve.metric, expected.metric)
+    fewer = evaluate(learner, meta, three_classes, 2, 2, plan=PLANS[plan], permutations=3)
+    assert relative(fewer.loss, expected.loss[:2]) < 1e-12
+    assert curve.task_list_hash == evaluate(learner, meta, three_classes, 7, 2).task_list_hash
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_one_label_order_is_the_plain_curve(plan: str) -> None:
+    learner = algorithms.maml(three_way(), inner_lr=0.5)
+    plain, once = (
+        evaluate(learner, learner.init(), three_classes, 7, 2, plan=PLANS[plan], **more) for more in ({}, {"permutations": 1})
+    )
+    assert torch.equal(plain.loss, once.loss) and torch.equal(plain.metric, once.metric)
+
+
+def test_label_orders_leave_the_random_state_alone_and_repeat() -> None:
+    learner = algorithms.maml(three_way(), inner_lr=0.5)
+    curves = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        curves.append(evaluate(learner, learner.init(), three_classes, 5, 2, permutations=3).loss)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(*curves)
+
+
+def test_a_head_that_treats_classes_alike_gains_nothing_from_label_orders() -> None:
+    learner = algorithms.protonet(nn.Sequential(OrderedDict(body=nn.Linear(3, 4), head=nn.Linear(4, 3))).double())
+    plain = evaluate(learner, learner.init(), three_classes, 5, 0)
+    curve = evaluate(learner, learner.init(), three_classes, 5, 0, permutations=4)
+    assert relative(curve.loss, plain.loss) < 1e-12
+
+
+def test_label_orders_need_classes() -> None:
+    learner = algorithms.maml(nn.Linear(3, 1).double(), loss=squared_error, metric=squared_error)
+    with pytest.raises(UserError, match=r"label orders are averaged for classes only, but y holds floats; use permutations=1"):
+        evaluate(learner, learner.init(), Linear(3, 5, 7), 4, 1, permutations=2)
+
+
+@pytest.mark.parametrize("permutations", [0, -1])
+def test_no_label_order_at_all_is_a_user_error(permutations: int) -> None:
+    learner = learner_of()
+    with pytest.raises(UserError, match=f"5 evaluation tasks, 3 steps, {permutations} label orders; .* and 1 order"):
+        evaluate(learner, learner.init(), random_tasks, 5, 3, permutations=permutations)
+
+
 @pytest.mark.parametrize(("tasks", "steps"), [(0, 3), (-1, 3), (5, -1)])
 def test_nothing_to_evaluate_is_a_user_error(tasks: int, steps: int) -> None:
     learner = learner_of()
-    with pytest.raises(UserError, match=f"{tasks} evaluation tasks with {steps} steps"):
+    with pytest.raises(UserError, match=f"{tasks} evaluation tasks, {steps} steps"):
         evaluate(learner, learner.init(), random_tasks, tasks, steps)
 
 

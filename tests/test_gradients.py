@@ -1,5 +1,6 @@
 """The meta-gradient against truth: finite differences, closed forms, learn2learn, and itself under every plan."""
 
+import math
 import os
 import subprocess
 import sys
@@ -11,10 +12,12 @@ import torch
 from torch import nn
 
 from tests.conftest import convolutional, dense, finite_differences, mean_objective, relative, task_batch
-from toolkit import Learner, Plan, Task, algorithms, draw, meta_gradient
+from toolkit import Batch, Learner, Meta, Metrics, Plan, Task, UserError, algorithms, draw, evaluate, meta_gradient, train
+from toolkit.engine import gradient_function
+from toolkit.learner import minibatch
 from toolkit.metrics import cross_entropy, squared_error
 from toolkit.objectives import EveryStep
-from toolkit.rules import SGD, Adam, FirstOrder, Groups, Rule
+from toolkit.rules import SGD, Adam, Clip, Groups, PerStep, Proximal, RMSprop, Rule
 from toolkit.samplers import Linear
 from toolkit.samplers.linear import adapted
 from toolkit.task import take
@@ -22,11 +25,16 @@ from toolkit.tree import tree_map
 
 RULES: dict[str, Rule] = {
     "sgd": SGD(0.3),
-    "learned rates": SGD(0.3, learn=True),
+    "learned rates": SGD(0.3, learn="tensor"),
     "momentum": SGD(0.2, momentum=0.8),
     "nesterov": SGD(0.2, momentum=0.8, nesterov=True),
     "adam": Adam(0.05, eps=1e-3),
-    "groups": Groups(("2.*", SGD(0.4, learn=True)), ("*bias", SGD(0.1)), ("*", Adam(0.02, eps=1e-3))),
+    "rmsprop": RMSprop(0.05, alpha=0.6, eps=1e-2),
+    "rates per weight": SGD(0.3, learn="weight"),
+    "rates per step": PerStep(SGD(0.3, learn="tensor")),
+    "clip": Clip(SGD(0.5), 0.2),
+    "proximal": Proximal(SGD(0.3), 0.7),
+    "groups": Groups(("2.*", SGD(0.4, learn="tensor")), ("*bias", SGD(0.1)), ("*", Adam(0.02, eps=1e-3))),
 }
 PLANS = {
     "vmap": Plan("vmap"),
@@ -38,30 +46,46 @@ PLANS = {
     "loop recompute": Plan("loop", memory="recompute"),
     "threads recompute": Plan("threads", memory="recompute", workers=2),
 }
+
+
+def every_step(steps: int) -> EveryStep:
+    """Weights that grow from step to step."""
+    return EveryStep(tuple((0.1 + k) / (0.1 * steps + steps * (steps - 1) / 2) for k in range(steps)))
+
+
 ALGORITHMS = {
-    "maml": lambda rule, steps: algorithms.maml(dense(), rule=rule, inner_steps=steps),
-    "anil": lambda rule, steps: algorithms.anil(dense(), adapts="2.*", rule=rule, inner_steps=steps),
-    "every step": lambda rule, steps: replace(
-        algorithms.maml(dense(), rule=rule, inner_steps=steps), objective=EveryStep(tuple(0.1 + k for k in range(steps)))
+    "maml": lambda steps, **more: algorithms.maml(dense(), inner_steps=steps, **more),
+    "anil": lambda steps, **more: algorithms.anil(dense(), adapts="2.*", inner_steps=steps, **more),
+    "every step": lambda steps, **more: replace(
+        algorithms.maml(dense(), inner_steps=steps, **more), objective=every_step(steps)
     ),
 }
+
+
+def made(algorithm: str, rule: str, steps: int) -> Learner:
+    """The learner of one cell of the tables; rules per step get as many values as it takes steps."""
+    chosen = RULES[rule]
+    chosen = replace(chosen, steps=steps) if isinstance(chosen, PerStep) else chosen
+    learner: Learner = ALGORITHMS[algorithm](steps, rule=chosen)
+    return learner
 
 
 @pytest.mark.parametrize("steps", [1, 3, 5])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_equals_finite_differences(algorithm: str, rule: str, steps: int) -> None:
-    learner = ALGORITHMS[algorithm](RULES[rule], steps)
+    learner = made(algorithm, rule, steps)
     tasks, meta = task_batch(), learner.init()
     grads, _ = meta_gradient(learner, meta, tasks)
     assert relative(grads, finite_differences(mean_objective(learner, tasks), meta)) < 1e-6
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("rule", [*RULES, "first order"])
+@pytest.mark.parametrize("rule", [*RULES, "first order", "truncated", "in minibatches"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_plan_gives_the_same_gradient(algorithm: str, rule: str, plan: str) -> None:
-    learner = ALGORITHMS[algorithm]({**RULES, "first order": FirstOrder(SGD(0.3))}[rule], 3)
+    special = {"first order": {"order": "first"}, "truncated": {"order": "truncated:2"}, "in minibatches": {"inner_batch": 3}}
+    learner = ALGORITHMS[algorithm](3, inner_lr=0.3, **special[rule]) if rule in special else made(algorithm, rule, 3)
     tasks, meta = task_batch(), learner.init()
     expected, scores = meta_gradient(learner, meta, tasks, Plan("loop"))
     grads, found = meta_gradient(learner, meta, tasks, PLANS[plan])
@@ -189,10 +213,167 @@ def test_first_order_drops_the_second_derivatives() -> None:
     assert relative(grads, exact) > 1e-3
 
 
+def truncated_by_hand(steps: int, last: int, lr: float, tasks: Task) -> dict[str, torch.Tensor]:
+    """torch.autograd with a graph of the inner gradient in the last so many steps only."""
+    model = dense()
+    start = dict(model.named_parameters())
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(3):
+        task, fast = take(tasks, i), start
+        for k in range(steps):
+            output = torch.func.functional_call(model, fast, task.support.x)
+            loss = nn.functional.cross_entropy(output, task.support.y)
+            slope = torch.autograd.grad(loss, list(fast.values()), create_graph=k >= steps - last)
+            fast = {name: w - lr * g for (name, w), g in zip(fast.items(), slope, strict=True)}
+        total = total + nn.functional.cross_entropy(torch.func.functional_call(model, fast, task.query.x), task.query.y) / 3
+    return dict(zip(start, torch.autograd.grad(total, list(start.values())), strict=True))
+
+
+@pytest.mark.parametrize("plan", ["vmap", "loop", "vmap recompute"])
+@pytest.mark.parametrize("last", range(5))
+def test_truncated_order_equals_autograd_by_hand(last: int, plan: str) -> None:
+    tasks, learner = task_batch(), algorithms.maml(dense(), inner_lr=0.5, inner_steps=4, order=f"truncated:{last}")
+    grads, _ = meta_gradient(learner, learner.init(), tasks, PLANS[plan])
+    assert relative(grads.params, truncated_by_hand(4, last, 0.5, tasks)) < 1e-12
+    for other in {0, 1, 2, 3, 4} - {last}:
+        assert relative(grads.params, truncated_by_hand(4, other, 0.5, tasks)) > 1e-3
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_truncated_order_goes_from_first_to_second(rule: str) -> None:
+    tasks, exact = task_batch(), made("maml", rule, 3)
+    meta = exact.init()
+    found = {k: meta_gradient(algorithms.with_order(exact, f"truncated:{k}"), meta, tasks)[0] for k in range(4)}
+    assert relative(found[3], meta_gradient(exact, meta, tasks)[0]) == 0
+    assert relative(found[0], meta_gradient(algorithms.with_order(exact, "first"), meta, tasks)[0]) == 0
+    assert all(relative(found[k], found[k + 1]) > 1e-4 for k in range(3))
+
+
+ORDERS = {
+    **dict.fromkeys(("third", "firsts", "", "truncated", "annealed", "truncated:", "second:2", "first:1", "implicit:1"),
+                    r"^unknown order '.*\(known: annealed:0\.3, first, implicit, second, truncated:2\)$"),
+    **dict.fromkeys(("truncated:-1", "truncated:1.5", "truncated:x"), "give the number of last inner steps .* as truncated:2$"),
+    **dict.fromkeys(("annealed:-1", "annealed:1.5", "annealed:x", "annealed:nan"), r"give the fraction .* as annealed:0\.3$"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_an_unknown_order_is_a_sentence(order: str) -> None:
+    with pytest.raises(UserError, match=ORDERS[order]):
+        algorithms.maml(dense(), inner_steps=3, order=order)
+
+
+def test_more_steps_of_second_order_than_steps_are_refused() -> None:
+    with pytest.raises(UserError, match="the last 4 of 3 inner steps cannot be of second order; give 0 to 3"):
+        algorithms.maml(dense(), inner_steps=3, order="truncated:4")
+    with pytest.raises(UserError, match="the last -1 of 1 inner steps"):
+        replace(algorithms.maml(dense()), order=-1)
+
+
+@pytest.mark.parametrize(("fraction", "first_order_for"), [("0", 0), ("0.4", 2), ("0.41", 3), ("1", 5)])
+def test_annealed_order_is_first_for_its_fraction_and_then_exact(fraction: str, first_order_for: int) -> None:
+    learner = algorithms.maml(dense(), inner_lr=0.5, inner_steps=3, order=f"annealed:{fraction}")
+    exact = algorithms.maml(dense(), inner_lr=0.5, inner_steps=3)
+    first = replace(exact, order=0)
+    seen: list[tuple[float, float]] = []
+
+    def watched(own: Learner, plan: Plan) -> object:
+        def gradient(meta: Meta, tasks: Task) -> tuple[Meta, Metrics]:
+            grads, metrics = gradient_function(own, plan)(meta, tasks)
+            seen.append(tuple(relative(grads, meta_gradient(other, meta, tasks, plan)[0]) for other in (first, exact)))
+            return grads, metrics
+
+        return gradient
+
+    for _ in train(learner, random_task, 5, 3, 0.01, plan=Plan("vmap"), gradient=watched):  # type: ignore[arg-type]
+        pass
+    assert all(a == 0 and b > 1e-3 for a, b in seen[:first_order_for])
+    assert len(seen) == 5 and all(a > 1e-3 and b == 0 for a, b in seen[first_order_for:])
+    orders = [learner.at(i / 5).order for i in range(5)]
+    assert orders == [0] * first_order_for + [None] * (5 - first_order_for) and learner.order is None
+    meta = learner.init()
+    curves = [evaluate(either, meta, random_task, 4, 5) for either in (learner, exact)]
+    assert torch.equal(curves[0].loss, curves[1].loss)
+
+
+def random_task(generator: torch.Generator) -> Task:
+    """A classification task of two classes, float64."""
+    x = torch.randn(10, 3, generator=generator, dtype=torch.float64)
+    y = torch.randint(2, (10,), generator=generator)
+    return Task(Batch(x[:4], y[:4]), Batch(x[4:], y[4:]))
+
+
+def rows(total: int, size: int, k: int) -> list[int]:
+    """Which examples step `k` sees."""
+    numbers = torch.arange(total)
+    seen = minibatch(Batch({"a": 10 * numbers, "b": numbers.float().unsqueeze(1)}, numbers), size, k)
+    assert torch.equal(seen.x["a"], 10 * seen.y) and torch.equal(seen.x["b"][:, 0], seen.y.float())
+    return seen.y.tolist()
+
+
+@pytest.mark.parametrize("total", [*range(2, 14), 25, 50, 75])
+def test_minibatches_visit_each_example_once_before_any_returns(total: int) -> None:
+    for size in {1, 2, 3, total // 2, total - 1} & set(range(1, total)):
+        order = [row for k in range(3 * total) for row in rows(total, size, k)]
+        assert len(order) == 3 * total * size
+        for begin in range(0, len(order), total):
+            assert sorted(order[begin : begin + total]) == list(range(total))
+        assert all(len(set(rows(total, size, k))) == size for k in range(2 * total))
+
+
+@pytest.mark.parametrize(("ways", "shots"), [(2, 3), (2, 5), (3, 2), (5, 2), (5, 4), (5, 5), (5, 8), (5, 15), (20, 5)])
+@pytest.mark.parametrize("per_class", [1, 2])
+def test_minibatches_mix_classes_that_come_sorted(ways: int, shots: int, per_class: int) -> None:
+    """On average a batch holds no fewer classes than one that is drawn at random."""
+    total, size = ways * shots, per_class * ways
+    labels = [row // shots for row in range(total)]
+    found = [len({labels[row] for row in rows(total, size, k)}) for k in range(total)]
+    at_random = ways * (1 - math.comb(total - shots, size) / math.comb(total, size))
+    assert sum(found) / total >= at_random - 1e-9
+
+
+def test_minibatched_steps_descend_their_own_examples() -> None:
+    learner = algorithms.maml(dense(), inner_lr=0.5, inner_steps=3, inner_batch=3)
+    task = take(task_batch(support=7), 0)
+    meta = learner.init()
+    fast = dict(meta.params)
+    for k, point in enumerate(learner.path(meta, task.support)):
+        assert relative(point, fast) < 1e-14
+        chosen = rows(7, 3, k)
+        model, x, y = dense(), task.support.x[chosen], task.support.y[chosen]
+        slope = torch.func.grad(lambda w, m=model, x=x, y=y: cross_entropy(torch.func.functional_call(m, w, x), y))(fast)
+        fast = tree_map(lambda w, g: w - 0.5 * g, fast, slope)
+    assert len({tuple(rows(7, 3, k)) for k in range(3)}) == 3
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_minibatches_are_exact(size: int) -> None:
+    learner = algorithms.maml(dense(), inner_lr=0.5, inner_steps=3, inner_batch=size)
+    tasks, meta = task_batch(), learner.init()
+    grads, _ = meta_gradient(learner, meta, tasks)
+    assert relative(grads, finite_differences(mean_objective(learner, tasks), meta)) < 1e-6
+    assert relative(grads, meta_gradient(replace(learner, batch=None), meta, tasks)[0]) > 1e-2
+
+
+@pytest.mark.parametrize("size", [4, 5, 1000])
+def test_a_minibatch_of_the_whole_support_set_is_it(size: int) -> None:
+    learner = algorithms.maml(dense(), inner_lr=0.5, inner_steps=3)
+    tasks, meta = task_batch(), learner.init()
+    grads, _ = meta_gradient(replace(learner, batch=size), meta, tasks)
+    assert relative(grads, meta_gradient(learner, meta, tasks)[0]) == 0
+    support = take(tasks, 0).support
+    assert minibatch(support, size, 2) is support and minibatch(support, None, 2) is support
+
+
+def test_a_minibatch_of_nothing_is_refused() -> None:
+    with pytest.raises(UserError, match="0 support examples per inner step; give at least 1"):
+        algorithms.maml(dense(), inner_batch=0)
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_tasks_do_not_touch_each_other(algorithm: str) -> None:
     """A task's scores and gradient are the same alone and in a batch, for a rule with state and in any plan."""
-    learner = ALGORITHMS[algorithm](RULES["adam"], 3)
+    learner = made(algorithm, "adam", 3)
     tasks, meta = task_batch(), learner.init()
     for plan in PLANS.values():
         whole, scores = meta_gradient(learner, meta, tasks, plan)
@@ -204,7 +385,7 @@ def test_tasks_do_not_touch_each_other(algorithm: str) -> None:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_query_labels_never_reach_the_inner_loop(algorithm: str) -> None:
-    learner = ALGORITHMS[algorithm](RULES["sgd"], 3)
+    learner = made(algorithm, "sgd", 3)
     learner = replace(learner, loss=squared_to_label, metric=squared_to_label)
     meta, task = learner.init(), take(task_batch(), 0)
     poisoned = Task(task.support, task.query._replace(y=torch.full(task.query.y.shape, torch.nan)))

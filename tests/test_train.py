@@ -26,7 +26,7 @@ SAMPLER = Linear(3, 5, 7)
 def learner_of(dropout: float = 0.0) -> Learner:
     torch.manual_seed(4)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(dropout), nn.Linear(4, 1)).double()
-    return algorithms.maml(model, loss=squared_error, metric=squared_error, rule=SGD(0.05, learn=True), inner_steps=2)
+    return algorithms.maml(model, loss=squared_error, metric=squared_error, rule=SGD(0.05, learn="tensor"), inner_steps=2)
 
 
 def weights(learner: Learner, iterations: int = 4, start: State | None = None, seed: int = 3, meta_lr: float = 0.01) -> Tensor:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -100,7 +100,8 @@ class Metrics(NamedTuple):
 def meta_gradient(learner: Learner, meta: Meta, tasks: Task, plan: Plan | None = None) -> tuple[Meta, Metrics]:
     """The gradient of the mean objective over a batch of tasks, shaped like `meta`, and the query scores behind it.
 
-    Exact for every rule: second derivatives are dropped only by `FirstOrder`. Without a plan `default_plan` chooses.
+    Exact for every rule: second derivatives are dropped only where the learner's `order` says so. Without a plan
+    `default_plan` chooses.
     """
     return gradient_function(learner, plan or default_plan(learner, tasks))(meta, tasks)
 
@@ -205,7 +206,7 @@ def _unrolled(learner: Learner, lift: Lift, meta: Meta, tasks: Task) -> tuple[Me
 def _recomputed(learner: Learner, lift: Lift, meta: Meta, tasks: Task) -> tuple[Meta, Score]:
     """The adjoint sweep: forward without a graph, keeping the path; then back, one step's graph at a time."""
     begin = lift(learner.begin, (None, 0))
-    step = lift(learner.step, (None, 0, 0))
+    steps = [lift(partial(learner.step, k=k), (None, 0, 0)) for k in range(learner.steps)]
     judge = lift(lambda meta, path, task: learner.objective(learner, meta, path, task), (None, 0, 0))
 
     def total(meta: Meta, path: list[Any]) -> tuple[Tensor, Score]:
@@ -214,13 +215,13 @@ def _recomputed(learner: Learner, lift: Lift, meta: Meta, tasks: Task) -> tuple[
 
     with torch.no_grad():
         carries = [begin(meta, tasks.support)]
-        for _ in range(learner.steps):
-            carries.append(step(meta, carries[-1], tasks.support))
+        for k in range(learner.steps):
+            carries.append(steps[k](meta, carries[-1], tasks.support))
     value, pull, scores = vjp(total, meta, [carry.fast for carry in carries], has_aux=True)  # type: ignore[misc]
     grads, path_grads = pull(torch.ones_like(value))
     adjoint = carries[-1]._replace(fast=path_grads[-1], state=pytree.tree_map(torch.zeros_like, carries[-1].state))
     for k in reversed(range(learner.steps)):
-        _, pull = vjp(lambda meta, carry: step(meta, carry, tasks.support), meta, carries[k])  # type: ignore[misc]
+        _, pull = vjp(lambda meta, carry, k=k: steps[k](meta, carry, tasks.support), meta, carries[k])  # type: ignore[misc]
         own, adjoint = pull(adjoint)
         grads = _add(grads, own)
         adjoint = adjoint._replace(fast=_add(adjoint.fast, path_grads[k]))

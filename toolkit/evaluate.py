@@ -13,6 +13,7 @@ from toolkit.engine import Plan, default_plan, exact_attention, lift_for, runner
 from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta, Score
 from toolkit.task import Task, TaskSampler, count, draw, fingerprint, move
+from toolkit.tree import Params, tree_map
 
 DRAWN_AT_ONCE = 64
 
@@ -27,14 +28,19 @@ def evaluate(
     split: str = "test",
     plan: Plan | None = None,
     progress: Callable[[int], object] | None = None,
+    permutations: int = 1,
 ) -> Curve:
     """The adaptation curve over tasks 0 .. `tasks` - 1 of the stream (`seed`, `split`), the same for every method.
 
     Nothing is learned and nothing is kept: no graph, no change to the model, to `meta` or to any global random state; memory
-    does not grow with `tasks`. `progress` is called with the number of tasks that were just finished.
+    does not grow with `tasks`. With `permutations` P > 1 a task's prediction is the mean probability of P
+    adaptations, each with the class labels in another order (Ye & Chao 2022, section 4); classification only. `progress` is
+    called with the number of tasks that were just finished.
     """
-    if tasks < 1 or steps < 0:
-        raise UserError(f"{tasks} evaluation tasks with {steps} steps; give at least 1 task and 0 steps")
+    if tasks < 1 or steps < 0 or permutations < 1:
+        raise UserError(
+            f"{tasks} evaluation tasks, {steps} steps, {permutations} label orders; give at least 1 task, 0 steps and 1 order"
+        )
     learner = replace(learner, training=False)
     device = next(iter(meta.params.values())).device
     digest, scores = hashlib.sha256(), list[Score]()
@@ -45,7 +51,7 @@ def evaluate(
         drawn = move(drawn, device)
         if run is None or work is None or plan is None:
             plan = plan or default_plan(learner, drawn)
-            run, work = runner(learner, plan), partial(_walk, meta, steps, plan)
+            run, work = runner(learner, plan), partial(_walk, meta, steps, plan, permutations)
         with exact_attention():
             scores += run(work, plan.pieces(drawn))
         if progress:
@@ -55,15 +61,62 @@ def evaluate(
 
 
 @torch.no_grad()
-def _walk(meta: Meta, steps: int, plan: Plan, learner: Learner, tasks: Task) -> Score:
+def _walk(meta: Meta, steps: int, plan: Plan, permutations: int, learner: Learner, tasks: Task) -> Score:
     """Query scores of shape (tasks, steps + 1)."""
 
     def walk(meta: Meta, task: Task) -> Score:
-        scores = [learner.assess(meta, fast, task) for fast in learner.path(meta, task.support, steps)]
+        if permutations > 1:
+            scores = _averaged(learner, meta, task, steps, permutations)
+        else:
+            scores = [learner.assess(meta, fast, task, k) for k, fast in enumerate(learner.path(meta, task.support, steps))]
         return Score(*(torch.stack(values) for values in zip(*scores, strict=True)))
 
     scores: Score = lift_for(plan, tasks)(walk, (None, 0))(meta, tasks)
     return scores
+
+
+def _averaged(learner: Learner, meta: Meta, task: Task, steps: int, permutations: int) -> list[Score]:
+    """The scores after 0..`steps` steps of the mean probabilities over label orders, the given order first."""
+    if task.support.y.is_floating_point():
+        raise UserError("label orders are averaged for classes only, but y holds floats; use permutations=1")
+    generator, total, order = torch.Generator().manual_seed(0), list[Tensor](), None
+    for _ in range(permutations):
+        y = task.support.y if order is None else order[task.support.y]
+        shares = []
+        for k, fast in enumerate(learner.path(meta, task.support._replace(y=y), steps)):
+            share = learner.predict(meta, fast, task.query.x, task.support.x, k).softmax(-1) / permutations
+            shares.append(share if order is None else share[:, order])
+        total = [a + b for a, b in zip(total, shares, strict=True)] if total else shares
+        order = torch.randperm(shares[0].shape[-1], generator=generator).to(task.support.y.device)
+    logs = [share.clamp(min=torch.finfo(share.dtype).tiny).log() for share in total]
+    return [Score(learner.loss(p, task.query.y), learner.metric(p, task.query.y)) for p in logs]
+
+
+@torch.no_grad()
+def calibrate(
+    learner: Learner, meta: Meta, sampler: TaskSampler, tasks: int = 100, seed: int = 0, split: str = "train"
+) -> Meta:
+    """`meta` with the statistics that batch norm "per_step" needs in evaluation: of every point of the path, the means over
+    training tasks of what each batch norm sees in a query set. Other policies need none: `meta` comes back as it is."""
+    if learner.batch_norm != "per_step":
+        return meta
+
+    def work(own: Learner, piece: Task) -> Params:
+        def observe(meta: Meta, task: Task) -> Params:
+            points = enumerate(own.path(meta, task.support))
+            return {n: v for k, fast in points for n, v in own.observed(meta, fast, task.query.x, k).items()}
+
+        return tree_map(lambda values: values.sum(0), lift_for(plan, piece)(observe, (None, 0))(meta, piece))
+
+    learner, device = replace(learner, training=False), next(iter(meta.params.values())).device
+    total: Params = {}
+    for begin in range(0, tasks, DRAWN_AT_ONCE):
+        drawn = move(draw(sampler, min(DRAWN_AT_ONCE, tasks - begin), seed, begin, split), device)
+        plan = default_plan(learner, drawn)
+        with exact_attention():
+            for part in runner(learner, plan)(work, plan.pieces(drawn)):
+                total = tree_map(torch.add, total, part) if total else part
+    return meta._replace(stats=tree_map(lambda values: values / tasks, total))
 
 
 @torch.no_grad()
@@ -74,5 +127,5 @@ def predictions(learner: Learner, meta: Meta, task: Task, steps: tuple[int, ...]
     with exact_attention():
         for k, fast in enumerate(learner.path(meta, task.support, max(steps))):
             if k in steps:
-                shown[k] = learner.predict({**meta.params, **fast}, task.query.x, task.support.x)
+                shown[k] = learner.predict(meta, fast, task.query.x, task.support.x, k)
     return torch.stack([shown[k] for k in steps]).cpu()

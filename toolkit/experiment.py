@@ -17,17 +17,18 @@ import torch
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
+from toolkit.backend import backend
 from toolkit.engine import Plan, default_plan
 from toolkit.errors import UserError
-from toolkit.evaluate import evaluate, predictions
+from toolkit.evaluate import calibrate, evaluate, predictions
 from toolkit.flags import Flags
 from toolkit.learner import Learner, Meta
 from toolkit.runs import checkpoint
 from toolkit.runs.folder import Run, config_hash, prepare, write_json
-from toolkit.runs.journal import Journal
+from toolkit.runs.journal import Journal, rates
 from toolkit.runs.summary import code_version, summarise, table
 from toolkit.task import TaskSampler, draw, move, take
-from toolkit.train import NotFinite, Record, State, train
+from toolkit.train import Gradient, NotFinite, Record, State, train
 from toolkit.tree import numel
 
 log = logging.getLogger("toolkit")
@@ -51,24 +52,50 @@ def run(
     validation: TaskSampler,
     test: TaskSampler,
     chance: float | None = None,
+    pretraining: TaskSampler | None = None,
 ) -> Run:
     """Trains, chooses the checkpoint on validation tasks, tests it on fixed test tasks, and fills the run folder.
 
-    `chance` is the accuracy of guessing. Returns the finished run. Raises UserError for bad flags before anything is
-    computed, and when the loss is no longer finite. Ctrl-C finishes the step, saves, says how to resume and exits.
+    `chance` is the accuracy of guessing; `pretraining` are the tasks of a learner that has a `pretrain`. Returns the finished
+    run. Raises UserError for bad flags before anything is computed, and when the loss is no longer finite. Ctrl-C finishes the
+    step, saves, says how to resume and exits.
     """
     git = code_version()  # now: the files may change while the run goes on
     config = {"experiment": experiment} | {k: str(v) if isinstance(v, Path) else v for k, v in asdict(flags).items()}
-    if flags.device != "cpu":
-        learner = replace(learner, model=copy.deepcopy(learner.model).to(flags.device))
-    plan = _plan(flags, learner, training)
+    if "batch_norm" in config:
+        config["batch_norm"] = learner.batch_norm
+    learner = _on(flags.device, learner)
+    trainee, source = learner, training
+    if learner.pretrain:
+        if pretraining is None:
+            raise UserError(
+                f"{learner.name} pretrains on all training classes, but this experiment has none; use another method"
+            )
+        trainee, source = _on(flags.device, learner.pretrain), pretraining
+    for each, sampler in ((learner, training), (trainee, source)):
+        each.rehearse(move(take(draw(sampler, 1, flags.seed), 0), flags.device))
+    plan = _plan(flags, trainee, source)
+    gradient = backend(flags.backend)
+    gradient(trainee, plan)  # refuses what it cannot compute, before anything is written
     folder = flags.out or Path("results") / experiment / flags.run_name
     finished = prepare(folder, config, flags.resume, flags.overwrite)
     log.info("%s on %s, %s", learner.name, flags.sampler, _describe(learner, plan))
-    outcome = _train(flags, folder, learner, training, validation, plan, config_hash(config))
+    job = Job(flags, folder, learner, trainee, training, source, validation, plan, gradient, config_hash(config))
+    outcome = _train(job)
     with tqdm(total=flags.eval_tasks, desc="test", unit="task") as bar:
         judging, seed = _judging(flags, plan), flags.eval_seed
-        curve = evaluate(learner, outcome.best, test, flags.eval_tasks, flags.eval_steps, seed, "test", judging, bar.update)
+        curve = evaluate(
+            learner,
+            outcome.best,
+            test,
+            flags.eval_tasks,
+            flags.eval_steps,
+            seed,
+            "test",
+            judging,
+            bar.update,
+            flags.permutations,
+        )
     uses_batch_norm = learner.observe(move(take(draw(test, 1, flags.eval_seed), 0), flags.device).support.x).batch_norm
     write_json(folder / "curve.json", curve.to_json())
     _write_example(folder, flags, learner, outcome.best, test)
@@ -108,16 +135,36 @@ def _describe(learner: Learner, plan: Plan) -> str:
     )
 
 
-def _train(
-    flags: Flags, folder: Path, learner: Learner, training: TaskSampler, validation: TaskSampler, plan: Plan, identity: str
-) -> Outcome:
+@dataclass(frozen=True)
+class Job:
+    """A run's training: `trainee` learns on tasks of `source` for `learner`; they differ only where a method pretrains."""
+
+    flags: Flags
+    folder: Path
+    learner: Learner
+    trainee: Learner
+    training: TaskSampler
+    source: TaskSampler
+    validation: TaskSampler
+    plan: Plan
+    gradient: Gradient
+    identity: str
+
+    def handed_over(self, meta: Meta) -> Meta:
+        """The learner's own meta-parameters by those of its trainee, with all that evaluation needs."""
+        own = self.learner.inherit(meta) if self.learner.pretrain else meta
+        return calibrate(self.learner, own, self.training, seed=self.flags.seed)
+
+
+def _train(job: Job) -> Outcome:
     """Training with validation, checkpoints, progress and metrics; starts from the newest checkpoint if there is one."""
-    checkpoints = folder / "checkpoints"
-    best, saved = checkpoint.load_newest(checkpoints, identity) or (learner.init(), {})
+    flags, learner = job.flags, job.learner
+    checkpoints = job.folder / "checkpoints"
+    best, saved = checkpoint.load_newest(checkpoints, job.identity) or (learner.init(), {})
     # A checkpoint is read onto the CPU, and training stays on the device of its parameters.
     state = State(saved["iteration"], Meta(**move(saved["meta"], flags.device)), saved["optimizer"]) if saved else None
     selected = saved.get("selected", {})
-    journal = Journal(folder / "metrics.jsonl", flags.iterations, saved.get("metrics_bytes", 0), saved.get("seconds", 0.0))
+    journal = Journal(job.folder / "metrics.jsonl", flags.iterations, saved.get("metrics_bytes", 0), saved.get("seconds", 0.0))
     done = state.iteration if state else 0
     if done:
         log.info("going on after iteration %d", done)
@@ -128,9 +175,10 @@ def _train(
             journal.sync()
             content = {"selected": selected, "seconds": journal.seconds, "metrics_bytes": journal.size}
             content |= {"iteration": state.iteration, "meta": state.meta._asdict(), "optimizer": state.optimizer}
-            checkpoint.save(checkpoints, state.iteration, best, content, identity)
+            checkpoint.save(checkpoints, state.iteration, best, content, job.identity)
 
-    records = train(learner, training, flags.iterations, flags.tasks, flags.meta_lr, flags.seed, plan, state)
+    sizes = flags.iterations, flags.tasks, flags.meta_lr, flags.seed
+    records = train(job.trainee, job.source, *sizes, job.plan, state, job.gradient)
     bar = tqdm(total=flags.iterations, initial=done, desc="train", unit="it", disable=done == flags.iterations)
     with bar, _stop_signals() as stopped:
         try:
@@ -142,10 +190,13 @@ def _train(
                 last = record.iteration == flags.iterations
                 if last or record.iteration % flags.validate_every == 0:
                     journal.flush()
-                    row = {"iteration": record.iteration} | _validate(flags, learner, record.meta, validation, plan)
+                    own = job.handed_over(record.meta)
+                    row = {"iteration": record.iteration} | _validate(job, own)
                     journal.write(row)
+                    if learned := rates(record.meta):
+                        journal.write({"iteration": record.iteration} | learned)
                     if _better(row, selected, learner):
-                        selected, best = row, pytree.tree_map(torch.clone, record.meta)
+                        selected, best = row, pytree.tree_map(torch.clone, own)
                     save()
                 if stopped:
                     save()
@@ -158,13 +209,20 @@ def _train(
     return Outcome(move(best, flags.device), selected, journal.seconds)
 
 
+def _on(device: str, learner: Learner) -> Learner:
+    return learner if device == "cpu" else replace(learner, model=copy.deepcopy(learner.model).to(device))
+
+
 def _shown(row: dict[str, float], record: Record, learner: Learner, tasks: int) -> dict[str, str]:
     shown = {"loss": f"{row['loss']:.3f}", "tasks/s": f"{tasks / record.seconds:.0f}"}
     return shown | ({"accuracy": f"{row['metric']:.3f}"} if learner.metric_name == "accuracy" else {})
 
 
-def _validate(flags: Flags, learner: Learner, meta: Meta, validation: TaskSampler, plan: Plan) -> dict[str, float]:
-    curve = evaluate(learner, meta, validation, flags.val_tasks, learner.steps, flags.eval_seed, "val", _judging(flags, plan))
+def _validate(job: Job, meta: Meta) -> dict[str, float]:
+    """The validation row, after the steps of training; what pretraining made is judged after those of the test."""
+    flags, judging = job.flags, _judging(job.flags, job.plan)
+    steps = flags.eval_steps if job.learner.pretrain else job.learner.steps
+    curve = evaluate(job.learner, meta, job.validation, flags.val_tasks, steps, flags.eval_seed, "val", judging)
     means = {
         "val_loss": curve.mean(curve.loss),
         "val_metric": curve.mean(),

@@ -5,11 +5,19 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
+from torch import nn
 
+from toolkit import algorithms
 from toolkit.errors import UserError, unknown
+from toolkit.learner import Learner
+from toolkit.rule_line import parse
+from toolkit.rules import Clip
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 log = logging.getLogger("toolkit")
 
@@ -19,13 +27,15 @@ class Flags:
     """Flags that every experiment shares, under the same names."""
 
     algorithm: str = "maml"
-    """Method: maml, fomaml or anil."""
+    """Method: one of the table in ARCHITECTURE.md, such as maml, reptile or protonet."""
     sampler: str = ""
     """Where the tasks come from."""
     model: str = "conv4"
     """Network."""
     shots: int = 1
     """Support examples (per class)."""
+    train_shots: int | None = None
+    """Support examples (per class) in training; by default as many as --shots."""
     queries: int = 1
     """Query examples (per class) in training."""
     eval_queries: int = 15
@@ -34,8 +44,24 @@ class Flags:
     """Learning rate of the inner loop."""
     inner_steps: int = 1
     """Inner steps in training and validation."""
+    order: str | None = None
+    """How the path is differentiated: second, first, truncated:K, annealed:FRACTION, implicit; by default the method's own."""
+    rule: str | None = None
+    """Inner update in one line, such as "head: sgd 0.4 learned; norm: frozen; *: adam 1e-3"; by default by --inner-lr."""
+    inner_batch: int | None = None
+    """Support examples per inner step, in turn; all by default."""
+    inner_clip: float | None = None
+    """Longest inner gradient of a task (Euclidean); longer ones are scaled down."""
+    head: str = "head"
+    """Name of the model's last linear layer, for the methods that treat it apart."""
     meta_lr: float = 1e-3
-    """Learning rate of the outer loop (Adam)."""
+    """Learning rate of the outer loop, the peak of its schedule."""
+    meta_optimizer: Literal["adam", "sgd"] | None = None
+    """Optimiser of the outer loop; by default the method's own, mostly adam."""
+    meta_schedule: Literal["constant", "linear", "cosine"] | None = None
+    """Schedule of the outer rate; by default the method's own, mostly constant."""
+    meta_clip: float | None = None
+    """Longest meta-gradient (Euclidean); longer ones are scaled down."""
     tasks: int = 32
     """Tasks per meta-update (meta-batch)."""
     iterations: int = 60_000
@@ -48,6 +74,8 @@ class Flags:
     """Test tasks."""
     eval_steps: int = 10
     """Inner steps at test time; the curve has a point after each."""
+    permutations: int = 1
+    """Label orders to average a prediction over at test time."""
     eval_seed: int = 0
     """Seed of the validation and test tasks; keep it, and every run is judged on the same tasks."""
     seed: int = 0
@@ -60,6 +88,8 @@ class Flags:
     """Tasks per piece of the meta-batch; smaller needs less memory."""
     memory: Literal["unroll", "recompute"] = "unroll"
     """recompute: memory nearly flat in the number of inner steps, at more time."""
+    backend: Literal["toolkit", "learn2learn"] = "toolkit"
+    """Whose classes compute the meta-gradient in training (learn2learn: maml, fomaml, anil, meta_sgd)."""
     compile: bool = False
     """Compile the meta-gradient: tens of seconds first, then faster."""
     out: Path | None = None
@@ -85,8 +115,8 @@ class EpisodeFlags(Flags):
 
     ways: int = 5
     """Classes per task."""
-    batch_norm: str = "batch"
-    """Batch-norm policy: batch (transductive), support or running."""
+    batch_norm: str | None = None
+    """Batch-norm policy: batch (transductive), support, running or per_step; by default the method's own, mostly batch."""
     data_root: Path = Path("data")
     """Folder that holds the data sets, in torchvision's layout."""
     download: bool = False
@@ -97,7 +127,21 @@ class EpisodeFlags(Flags):
         return f"{self.algorithm}-{self.sampler}-{self.ways}w{self.shots}s-seed{self.seed}"
 
 
-F = TypeVar("F", bound=Flags)
+F = TypeVar("F", bound="DataclassInstance")
+
+
+def build(flags: Flags, model: nn.Module, classes: int | None = None, **given: Any) -> Learner:
+    """The learner that the flags ask for; `given` says what the experiment decides, such as `loss`. `classes` is the number of
+    training classes, for methods that pretrain on them. Raises UserError for a method or a knob that does not fit."""
+    given |= {"inner_lr": flags.inner_lr, "inner_steps": flags.inner_steps, "head": flags.head}
+    given |= {"inner_batch": flags.inner_batch} if flags.inner_batch else {}
+    given |= {"order": flags.order} if flags.order else {}
+    given |= {"batch_norm": flags.batch_norm} if isinstance(flags, EpisodeFlags) and flags.batch_norm else {}
+    given |= {"rule": parse(flags.rule)} if flags.rule else {}
+    learner = algorithms.build(flags.algorithm, model, classes, **given)
+    outer: dict[str, Any] = {"optimizer": flags.meta_optimizer, "schedule": flags.meta_schedule, "clip": flags.meta_clip}
+    learner = replace(learner, outer=replace(learner.outer, **{k: v for k, v in outer.items() if v is not None}))
+    return replace(learner, rule=Clip(learner.rule, flags.inner_clip)) if flags.inner_clip is not None else learner
 
 
 def launch(flags_type: type[F], body: Callable[[F], object], presets: dict[str, dict[str, Any]], doc: str) -> None:
@@ -112,10 +156,11 @@ def launch(flags_type: type[F], body: Callable[[F], object], presets: dict[str, 
     except UserError as error:
         sys.exit(_say(error))
     try:
-        check(flags)
+        if isinstance(flags, Flags):
+            check(flags)
         body(flags)
     except UserError as error:
-        if flags.debug:
+        if getattr(flags, "debug", False):
             raise
         sys.exit(_say(error))
     except KeyboardInterrupt:
@@ -125,7 +170,12 @@ def launch(flags_type: type[F], body: Callable[[F], object], presets: dict[str, 
 
 def check(flags: Flags) -> None:
     """Raises UserError for a number that can never work, and for a device that is not there."""
-    for name in ("tasks", "iterations", "val_tasks", "validate_every", "eval_tasks", "shots", "queries", "eval_queries"):
+    counts = ("tasks", "iterations", "val_tasks", "validate_every", "eval_tasks", "shots", "queries", "eval_queries")
+    for name in (
+        *counts,
+        "permutations",
+        *(name for name in ("inner_batch", "train_shots") if getattr(flags, name) is not None),
+    ):
         if getattr(flags, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(flags, name)}; give at least 1")
     for name in ("inner_steps", "eval_steps"):

@@ -5,10 +5,11 @@ evaluation walks it further, every method of the family reads it in its own way.
 engine maps it over many.
 """
 
-import copy
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,11 @@ from torch.utils import _pytree as pytree
 
 from toolkit.errors import UserError
 from toolkit.metrics import accuracy
-from toolkit.norms import Norms, check_policy
+from toolkit.modules import copy_modules, select, without_head
+from toolkit.norms import Norms, batch_norms, check_policy
+from toolkit.outer import PLAIN, Outer
 from toolkit.task import Batch, Input, Task
-from toolkit.tree import Params, Selection, matches
+from toolkit.tree import Params, Selection, detach, under
 
 if TYPE_CHECKING:
     from toolkit.rules import Rule
@@ -28,10 +31,12 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class Meta(NamedTuple):
-    """What the outer loop learns: the shared model's `params`, and what a rule has `learned`, such as rates."""
+    """What the outer loop learns: the shared model's `params`, and what the parts of a learner have `learned`, such as rates.
+    `stats` are the statistics of the batch-norm policy "per_step", empty until `calibrate` has measured them."""
 
     params: Params
     learned: Params
+    stats: Params = {}  # noqa: RUF012 (never written to)
 
 
 class Carry(NamedTuple):
@@ -56,16 +61,35 @@ class Observed(NamedTuple):
 
 
 Start = Callable[["Learner", Meta, Batch], Params]
+Inner = Callable[["Learner", Meta, Params, Batch, int], Tensor]
 Objective = Callable[["Learner", Meta, Iterable[Params], Task], tuple[Tensor, Score]]
+
+
+def support_loss(learner: "Learner", meta: Meta, fast: Params, support: Batch, k: int) -> Tensor:
+    """The learner's loss on the support set: what the inner loop descends, unless a method learns a loss of its own."""
+    return learner.loss(learner.predict(meta, fast, support.x, k=k), support.y)
 
 
 @dataclass(frozen=True, eq=False)
 class Learner:
     """`loss(prediction, y)` and `metric(prediction, y)` give the mean over examples, a scalar.
 
-    `adapts` selects, by parameter name, what the inner loop moves; everything else is shared by all tasks, never copied.
-    Parameters with `requires_grad=False` are frozen: neither loop moves them. `batch_norm` is a policy of `toolkit.norms`.
-    While `training`, modules such as dropout keep the mode in which the model came; otherwise all are in evaluation mode.
+    `adapts` selects, by parameter name, what the inner loop moves; everything else is shared by all tasks, never copied; the
+    empty tuple selects nothing. Parameters with `requires_grad=False` are frozen: neither loop moves them. `batch_norm` is a
+    policy of `toolkit.norms`. While `training`, modules such as dropout keep the mode in which the model came; otherwise all
+    are in evaluation mode.
+
+    `inner`     what the inner loop descends: a function (learner, meta, fast, support, k) -> scalar for step k = 0, 1, ...
+    `order`     the last so many inner steps are differentiated twice, the others once; None: all of them (exact), 0: none.
+    `batch`     support examples per inner step, in turn; None: all of them.
+    `head`      the name of the model's last linear layer, for the methods that treat it apart.
+    `outer`     how the outer loop moves the meta-parameters; plain Adam by default.
+    `phases`    ((fraction, changed fields), ...): from that fraction of the training on, until the next, it is by the learner
+                with these fields; evaluation is always by the learner itself.
+    `pretrain`  the learner to train in this one's place, on all classes at once; this one inherits its weights by name.
+
+    A start, rule, inner loss or objective may have `learned(...)`, what the outer loop learns of it, and `check(...)`, which
+    raises UserError when it does not fit the learner.
 
     The given model is never changed: the learner works on a copy of its modules that shares its weights. Raises UserError when
     `adapts`, or one of its patterns, matches no parameter.
@@ -82,51 +106,133 @@ class Learner:
     batch_norm: str = "batch"
     training: bool = True
     name: str = "learner"
+    inner: Inner = support_loss
+    order: int | None = None
+    batch: int | None = None
+    head: str = "head"
+    outer: Outer = PLAIN
+    phases: tuple[tuple[float, Mapping[str, Any]], ...] = ()
+    pretrain: "Learner | None" = None
     adapted_names: tuple[str, ...] = field(init=False, repr=False)
+    headless: nn.Module | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.steps < 0:
             raise UserError(f"inner steps is {self.steps}; give 0 or more")
+        if self.order is not None and not 0 <= self.order <= self.steps:
+            raise UserError(
+                f"the last {self.order} of {self.steps} inner steps cannot be of second order; give 0 to {self.steps}"
+            )
+        if self.batch is not None and self.batch < 1:
+            raise UserError(f"{self.batch} support examples per inner step; give at least 1")
         check_policy(self.model, self.batch_norm)
         object.__setattr__(self, "adapted_names", select(self.model, self.adapts))
         model = copy_modules(self.model)
         if not self.training:
             model.eval()
         object.__setattr__(self, "model", model)
+        object.__setattr__(self, "headless", without_head(model, self.head))
+        self.rule.check(self.adapted_names, self.steps)
+        for part in (self.start, self.inner, self.objective):
+            if check := getattr(part, "check", None):
+                check(self)
 
     def init(self) -> Meta:
-        """The meta-parameters to start from: copies of the model's current weights, and the rule's initial ones."""
+        """The meta-parameters to start from: copies of the model's current weights, and what the parts learn."""
         params = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
-        return Meta(params, self.rule.learned(self.adapted(params)))
+        learned = self.rule.learned(self.adapted(params))
+        for part in (self.start, self.inner, self.objective):
+            if own := getattr(part, "learned", None):
+                learned |= own(self, params)
+        if self.batch_norm == "per_step":
+            for k in range(self.steps + 1):
+                learned |= {f"norm{k}/{name}": params[name].clone() for name in self._norm_params() if name in params}
+        return Meta(params, learned)
+
+    def at(self, progress: float) -> "Learner":
+        """The learner that trains after this fraction of all iterations, by its `phases`."""
+        begun = [i for i, (first, _) in enumerate(self.phases) if first <= progress]
+        return _phase(self, begun[-1]) if begun else self
+
+    def inherit(self, meta: Meta) -> Meta:
+        """This learner's meta-parameters with all weights of `meta` that have a parameter of the same name and shape here."""
+        own = self.init()
+        same = {n: p for n, p in meta.params.items() if n in own.params and p.shape == own.params[n].shape}
+        device = next(iter(meta.params.values())).device
+        return pytree.tree_map(lambda t: t.to(device), own._replace(params=own.params | same))  # type: ignore[no-any-return]
 
     def adapted(self, params: Params) -> Params:
         """The part of `params` that the inner loop moves."""
         return {name: params[name] for name in self.adapted_names}
 
-    def predict(self, params: Params, x: Input, support_x: Input | None = None) -> Tensor:
-        """The model's output for `x` under `params`; batch norm sees `support_x` first if its policy asks for it."""
-        if support_x is None or self.batch_norm != "support":
-            return self._call(params, x, Norms(self.batch_norm))
-        count = pytree.tree_leaves(support_x)[0].shape[0]
-        both = pytree.tree_map(lambda s, q: torch.cat([s, q]), support_x, x)
-        return self._call(params, both, Norms(self.batch_norm, count))[count:]
+    def predict(self, meta: Meta, fast: Params, x: Input, support_x: Input | None = None, k: int | None = None) -> Tensor:
+        """The model's output for `x` at point `k` of the path (its last by default), where the fast weights are `fast`.
 
-    def _call(self, params: Params, x: Input, norms: Norms) -> Tensor:
+        `support_x` is given for a query set only: batch norm sees it first if its policy asks for it.
+        """
+        return self._run(self.model, meta, fast, x, support_x, self.steps if k is None else k)[0]
+
+    def embed(self, meta: Meta, fast: Params, x: Input) -> Tensor:
+        """What the head gets for `x`, shape (examples, features). Raises UserError when the model has no such head."""
+        return self._run(self.body(), meta, fast, x, None, 0)[0]
+
+    def body(self) -> nn.Module:
+        """The model without its head. Raises UserError when the model has no layer of the head's name."""
+        if self.headless is None:
+            layers = ", ".join(name for name, module in self.model.named_modules() if isinstance(module, nn.Linear))
+            raise UserError(f"head={self.head!r} names no layer of the model; its linear layers are {layers or 'none'}")
+        return self.headless
+
+    def observed(self, meta: Meta, fast: Params, x: Input, k: int) -> Params:
+        """The statistics that the batch norms see in `x` at point `k`, named as in `Meta.stats`."""
+        _, norms, buffers = self._run(self.model, meta, fast, x, None, k)
+        stats: Params = {}
+        for given, mean, variance in norms.seen:
+            name = next(n for n, buffer in buffers.items() if buffer is given).removesuffix("running_mean")
+            stats[f"point{k}/{name}running_mean"] = mean.flatten()
+            stats[f"point{k}/{name}running_var"] = variance.flatten()
+        return stats
+
+    def _run(
+        self, model: nn.Module, meta: Meta, fast: Params, x: Input, support_x: Input | None, k: int
+    ) -> tuple[Tensor, Norms, Params]:
+        params, policy, first = {**meta.params, **fast}, self.batch_norm, None
         # Cloned, so that a module which updates a buffer cannot carry state from one task to the next.
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        if policy == "per_step":
+            k = min(k, self.steps)
+            params |= under(f"norm{k}/", meta.learned)
+            if support_x is not None and not self.training:
+                policy = "running"
+                buffers |= self._statistics(meta, k)
+        elif policy == "support" and support_x is not None:
+            first = pytree.tree_leaves(support_x)[0].shape[0]
+            x = pytree.tree_map(lambda s, q: torch.cat([s, q]), support_x, x)
+        if model is self.headless:
+            params = {name: p for name, p in params.items() if not name.startswith(f"{self.head}.")}
         inputs = ((), x) if isinstance(x, dict) else ((x,), {})
-        with norms:
-            return functional_call(self.model, {**buffers, **params}, *inputs)  # type: ignore[no-any-return]
+        with Norms(policy, first) as norms:
+            return functional_call(model, {**buffers, **params}, *inputs)[first:], norms, buffers
+
+    def _statistics(self, meta: Meta, k: int) -> Params:
+        if not meta.stats and batch_norms(self.model):
+            raise UserError(
+                "batch norm 'per_step' has no statistics yet; evaluate with meta = calibrate(learner, meta, sampler)"
+            )
+        return under(f"point{k}/", meta.stats)
+
+    def _norm_params(self) -> list[str]:
+        return [f"{name}.{kind}" for name in batch_norms(self.model) for kind in ("weight", "bias")]
 
     @torch.no_grad()
     def observe(self, x: Input) -> "Observed":
         """What one forward pass shows: whether it draws random numbers, and whether it uses batch norm."""
-        norms = Norms(self.batch_norm)
+        meta = self.init()
         with torch.random.fork_rng():
             before = torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())
-            self._call({}, x, norms)
+            _, norms, _ = self._run(self.model, meta, {}, x, None, 0)
             after = torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())
-        return Observed(any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)), norms.used)
+        return Observed(any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)), bool(norms.seen))
 
     @property
     def metric_name(self) -> str:
@@ -138,44 +244,50 @@ class Learner:
         fast = self.start(self, meta, support)
         return Carry(fast, self.rule.init(fast))
 
-    def step(self, meta: Meta, carry: Carry, support: Batch) -> Carry:
-        """The next point of the path: one step of the rule on the support loss."""
+    def rehearse(self, task: Task) -> None:
+        """Walks one step and scores it, for the errors that only data can show. Nothing is kept."""
+        with torch.no_grad(), torch.random.fork_rng():
+            meta = self.init()
+            *_, fast = self.path(meta, task.support, min(self.steps, 1))
+            replace(self, training=True).assess(meta, fast, task)
 
-        def support_loss(fast: Params) -> Tensor:
-            return self.loss(self.predict({**meta.params, **fast}, support.x), support.y)
-
-        grads = grad(support_loss)(carry.fast)
-        return Carry(*self.rule.update(meta.learned, grads, carry.state, carry.fast))
+    def step(self, meta: Meta, carry: Carry, support: Batch, k: int) -> Carry:
+        """The next point of the path: step `k` = 0, 1, ... of the rule on the inner loss."""
+        here, shared = carry.fast, meta
+        if self.order is not None and k < self.steps - self.order:
+            here, shared = detach(here), Meta(*map(detach, meta))
+        part = minibatch(support, self.batch, k)
+        grads = grad(lambda fast: self.inner(self, shared, fast, part, k))(here)
+        return Carry(*self.rule.update(meta.learned, grads, carry.state, carry.fast, k))
 
     def path(self, meta: Meta, support: Batch, steps: int | None = None) -> Iterator[Params]:
         """The fast weights after 0, 1, ..., `steps` inner steps (the learner's own number by default). It is given the
         support set only: query labels cannot reach the inner loop."""
         carry = self.begin(meta, support)
         yield carry.fast
-        for _ in range(self.steps if steps is None else steps):
-            carry = self.step(meta, carry, support)
+        for k in range(self.steps if steps is None else steps):
+            carry = self.step(meta, carry, support, k)
             yield carry.fast
 
-    def assess(self, meta: Meta, fast: Params, task: Task) -> Score:
-        """Query loss and metric of one task with these fast weights."""
-        prediction = self.predict({**meta.params, **fast}, task.query.x, task.support.x)
+    def assess(self, meta: Meta, fast: Params, task: Task, k: int | None = None) -> Score:
+        """Query loss and metric of one task with these fast weights, which are point `k` of the path (its last by default)."""
+        prediction = self.predict(meta, fast, task.query.x, task.support.x, k)
         return Score(self.loss(prediction, task.query.y), self.metric(prediction, task.query.y))
 
 
-def select(model: nn.Module, adapts: Selection) -> tuple[str, ...]:
-    """The names of the trained parameters that `adapts` selects; a tied parameter is selected by any of its names."""
-    trained = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
-    chosen: set[int] = set()
-    for pattern in adapts if isinstance(adapts, tuple) else (adapts,):
-        found = {id(p) for name, p in trained if matches(name, pattern)}
-        if not found:
-            known = ", ".join(name for name, _ in trained)
-            raise UserError(f"adapts={pattern!r} matches no trained parameter; the model has {known}")
-        chosen |= found
-    return tuple(name for name, p in model.named_parameters() if id(p) in chosen)
+@lru_cache(maxsize=8)
+def _phase(learner: Learner, index: int) -> Learner:
+    return replace(learner, phases=(), **learner.phases[index][1])
 
 
-def copy_modules(model: nn.Module) -> nn.Module:
-    """A copy of the module tree that shares the tensors of `model`. Swapping parameters in it leaves `model` alone."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)
+def minibatch(support: Batch, size: int | None, k: int) -> Batch:
+    """The examples of inner step `k`: the next `size` in an order that visits each once before any returns.
+
+    The order steps through the rows by about their golden section, so that a support set sorted by label comes well mixed.
+    """
+    total = support.y.shape[0]
+    if size is None or size >= total:
+        return support
+    stride = next(s for s in range(max(1, round(0.618 * total)), total + 2) if math.gcd(s, total) == 1)
+    rows = [(i * stride) % total for i in range(k * size, (k + 1) * size)]
+    return pytree.tree_map(lambda tensor: tensor[rows], support)  # type: ignore[no-any-return]

@@ -5,6 +5,10 @@ Batch-norm policies:
                al. 2017 did; it is transductive: the prediction for one query depends on the other queries.
     "support"  query predictions use the statistics of the task's support set under the same weights; not transductive.
     "running"  the module's stored running statistics, never updated; not transductive.
+    "per_step" every point k of the path has its own scale and shift, which the outer loop learns, and its own statistics
+               (Antoniou et al. 2019, section 4: "BNRS + BNWB"). A support set is normalised by itself, and so is a query set
+               in training; in evaluation a query set is normalised by the statistics of point k, which `calibrate` measures
+               on training tasks (exact means, where the paper keeps running averages); not transductive.
 No policy updates running statistics: an update inside the inner loop would leak from task to task. The policy of a run is
 recorded in its `summary.json`.
 
@@ -26,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 from toolkit.errors import UserError, unknown
 
 log = logging.getLogger("toolkit")
-POLICIES = ("batch", "support", "running")
+POLICIES = ("batch", "support", "running", "per_step")
 
 
 class Norms(TorchFunctionMode):
@@ -36,13 +40,12 @@ class Norms(TorchFunctionMode):
     def __init__(self, policy: str, support_count: int | None = None) -> None:
         super().__init__()
         self.policy, self.support_count = policy, support_count
-        self.used = False
+        self.seen: list[tuple[Tensor | None, Tensor, Tensor]] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is F.batch_norm:
-            self.used = True
             return self._batch_norm(*args, **(kwargs or {}))
         return _REPLACED.get(func, func)(*args, **(kwargs or {}))
 
@@ -63,6 +66,7 @@ class Norms(TorchFunctionMode):
         else:
             axes = [0, *range(2, input.dim())]
             variance, mean = _statistics(input[: self.support_count], axes)
+        self.seen.append((running_mean, mean, variance))
         return _affine(input, mean, variance, eps, weight, bias, shape)
 
 
@@ -109,15 +113,20 @@ def _statistics(x: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def check_policy(model: nn.Module, policy: str) -> None:
-    """Raises UserError for an unknown policy, and for "running" when a module keeps no running statistics."""
+    """Raises UserError for an unknown policy, and when it needs running statistics that a module does not keep."""
     if policy not in POLICIES:
         raise unknown("batch-norm policy", policy, POLICIES)
     for name, module in model.named_modules():
-        if policy != "running" or not isinstance(module, _BatchNorm):
+        if policy not in ("running", "per_step") or not isinstance(module, _BatchNorm):
             continue
         if module.running_mean is None:
             raise UserError(f"batch norm {name!r} keeps no running statistics; use the policy 'batch' or 'support'")
-        if module.num_batches_tracked == 0:
+        if policy == "running" and module.num_batches_tracked == 0:
             log.warning(
                 "batch norm %r has never been trained: its running mean is 0 and its variance 1, and will stay so", name
             )
+
+
+def batch_norms(model: nn.Module) -> tuple[str, ...]:
+    """The names of a model's batch-norm layers."""
+    return tuple(name for name, module in model.named_modules() if isinstance(module, _BatchNorm))

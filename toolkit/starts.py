@@ -1,10 +1,139 @@
-"""Where a path starts: functions (learner, meta, support) -> fast weights."""
+"""Where a path starts: functions (learner, meta, support) -> fast weights.
 
+A start that learns has `learned(learner, params)`, one that is choosy has `check(learner)`; see `Learner`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta
 from toolkit.task import Batch
-from toolkit.tree import Params
+from toolkit.tree import Params, tree_map
 
 
 def inherited(learner: Learner, meta: Meta, support: Batch) -> Params:
     """The shared weights themselves: what is meta-learned is the start (Finn et al. 2017)."""
     return learner.adapted(meta.params)
+
+
+def zeros(learner: Learner, meta: Meta, support: Batch) -> Params:
+    """Zero, whatever the shared weights: for context parameters (Zintgraf et al. 2019, section 3)."""
+    return tree_map(torch.zeros_like, learner.adapted(meta.params))
+
+
+@dataclass(frozen=True)
+class Head:
+    """The base of starts that fill the linear head, `learner.head`, and inherit the rest."""
+
+    def check(self, learner: Learner) -> None:
+        learner.body()
+        layer = learner.model.get_submodule(learner.head)
+        if not isinstance(layer, nn.Linear):
+            raise UserError(f"the head {learner.head!r} is a {type(layer).__name__}; this method needs a linear layer")
+        if not self._names(learner) <= set(learner.adapted_names):
+            missing = ", ".join(sorted(self._names(learner) - set(learner.adapted_names)))
+            raise UserError(
+                f"this method sets the head for each task, but {missing} is not in adapts={learner.adapts!r}; add it"
+            )
+
+    def _names(self, learner: Learner) -> set[str]:
+        return {f"{learner.head}.{name}" for name, _ in learner.model.get_submodule(learner.head).named_parameters()}
+
+    def _filled(self, learner: Learner, meta: Meta, weight: Tensor, bias: Tensor) -> Params:
+        values = {f"{learner.head}.weight": weight, f"{learner.head}.bias": bias}
+        return learner.adapted(meta.params) | {name: values[name] for name in sorted(self._names(learner))}
+
+
+@dataclass(frozen=True)
+class Prototypes(Head):
+    """The head whose logits are, up to a constant, the negative squared distances to the class means c of the support
+    embeddings: weight 2 c, bias -|c|^2 (Snell et al. 2017, equation 8; Triantafillou et al. 2020, section 3.1).
+
+    `normalize` takes embeddings of length 1 (to the head, the query embeddings stay as they are). Raises UserError for
+    targets that are no classes, and for a head without a bias.
+    """
+
+    normalize: bool = False
+
+    def check(self, learner: Learner) -> None:
+        super().check(learner)
+        if f"{learner.head}.bias" not in self._names(learner):
+            raise UserError(f"prototypes need a head with a bias, but {learner.head!r} has none")
+
+    def __call__(self, learner: Learner, meta: Meta, support: Batch) -> Params:
+        features, classes = _embedded(learner, meta, support)
+        if self.normalize:
+            features = F.normalize(features, dim=-1)
+        means = classes.T @ features / classes.sum(0).clamp(min=1).unsqueeze(1)
+        return self._filled(learner, meta, 2 * means, -means.square().sum(1))
+
+
+@dataclass(frozen=True)
+class Ridge(Head):
+    """The head that solves ridge regression from support embeddings X to one-hot classes Y, in its dual form
+    W = X' (X X' + lambda I)^-1 Y, scaled and shifted: logits alpha x W + beta; lambda, alpha and beta are learned, the first
+    two as logarithms (R2-D2, Bertinetto et al. 2019, equations 4 to 6)."""
+
+    lam: float = 1.0
+    scale: float = 1.0
+
+    def learned(self, learner: Learner, params: Params) -> Params:
+        values = torch.tensor([self.lam, self.scale]).log().to(next(iter(params.values())))
+        return {"start/log_lambda": values[0], "start/log_alpha": values[1], "start/beta": torch.zeros_like(values[0])}
+
+    def __call__(self, learner: Learner, meta: Meta, support: Batch) -> Params:
+        features, classes = _embedded(learner, meta, support)
+        lam, scale = meta.learned["start/log_lambda"].exp(), meta.learned["start/log_alpha"].exp()
+        gram = features @ features.T + lam * torch.eye(features.shape[0], dtype=features.dtype, device=features.device)
+        weight = scale * classes.T @ torch.linalg.solve(gram, features)
+        return self._filled(learner, meta, weight, meta.learned["start/beta"].expand(classes.shape[1]))
+
+
+@dataclass(frozen=True)
+class SharedHead(Head):
+    """Every row of the head starts from one shared vector, the mean of the meta-learned rows, so the labels' order cannot
+    matter (UNICORN-MAML, Ye & Chao 2022, section 5). The rows of the parameter only matter through their mean."""
+
+    def __call__(self, learner: Learner, meta: Meta, support: Batch) -> Params:
+        return learner.adapted(meta.params) | {
+            name: meta.params[name].mean(0, keepdim=True).expand(meta.params[name].shape)
+            for name in sorted(self._names(learner))
+        }
+
+
+@dataclass(frozen=True)
+class BlankHead(Head):
+    """A head of zeros on the shared body: a new classifier, as the fine-tuning baselines start it."""
+
+    def __call__(self, learner: Learner, meta: Meta, support: Batch) -> Params:
+        names = self._names(learner)
+        return {name: torch.zeros_like(p) if name in names else p for name, p in learner.adapted(meta.params).items()}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The support embeddings and their one-hot classes, for a head that attends to them (`models.attention_head`)."""
+
+    def check(self, learner: Learner) -> None:
+        learner.body()
+
+    def __call__(self, learner: Learner, meta: Meta, support: Batch) -> Params:
+        features, classes = _embedded(learner, meta, support)
+        return {f"{learner.head}.keys": features, f"{learner.head}.values": classes}
+
+
+def _embedded(learner: Learner, meta: Meta, support: Batch) -> tuple[Tensor, Tensor]:
+    """Support embeddings (examples, features) and one-hot classes (examples, ways) in their dtype."""
+    if support.y.is_floating_point() or support.y.dim() != 1:
+        raise UserError(
+            f"{learner.name} needs one integer class per example, but y is {support.y.dtype} of shape "
+            f"{tuple(support.y.shape)}; for regression use a method such as maml"
+        )
+    features = learner.embed(meta, learner.adapted(meta.params), support.x)
+    head = next(p for name, p in meta.params.items() if name.startswith(f"{learner.head}."))
+    classes = torch.arange(head.shape[0], device=support.y.device)
+    return features, (support.y.unsqueeze(1) == classes).to(features.dtype)

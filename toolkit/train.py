@@ -1,18 +1,22 @@
 """The outer loop, as a generator of records: whoever iterates decides when to validate, to save and to stop."""
 
 import copy
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.utils import get_total_norm
 from torch.utils import _pytree as pytree
 
-from toolkit.engine import Plan, default_plan, gradient_function
+from toolkit.engine import Metrics, Plan, default_plan, gradient_function
 from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta
-from toolkit.task import TaskSampler, draw, move, stream_seed, take
+from toolkit.task import Task, TaskSampler, draw, move, stream_seed, take
+
+log = logging.getLogger("toolkit")
+Gradient = Callable[[Learner, Plan], Callable[[Meta, Task], tuple[Meta, Metrics]]]
 
 
 class State(NamedTuple):
@@ -52,8 +56,12 @@ def train(
     seed: int = 0,
     plan: Plan | None = None,
     start: State | None = None,
+    gradient: Gradient = gradient_function,
 ) -> Iterator[Record]:
-    """Meta-training with Adam: iteration i takes tasks i * `tasks` .. (i + 1) * `tasks` - 1 of the stream (`seed`, "train").
+    """Meta-training by the learner's `outer`: iteration i takes tasks i * `tasks` .. (i + 1) * `tasks` - 1 of stream (`seed`,
+    "train"). `meta_lr` is the peak of its rate.
+
+    `gradient` computes the meta-gradient in place of our engine: (learner, plan) -> a function of (meta, tasks).
 
     Continues from `start` when given, else from `learner.init()`; neither is changed. Runs on the device of these parameters,
     where the model must be too. Yields one record per iteration; the last holds the trained `meta`. Raises UserError at once
@@ -61,7 +69,7 @@ def train(
     """
     if iterations < 1 or tasks < 1 or not 0 < meta_lr < float("inf"):
         raise UserError(f"{iterations} iterations of {tasks} tasks at meta lr {meta_lr}; each must be positive")
-    return _records(learner, sampler, iterations, tasks, meta_lr, seed, plan, start)
+    return _records(learner, sampler, iterations, tasks, meta_lr, seed, plan, start, gradient)
 
 
 def _records(
@@ -73,13 +81,13 @@ def _records(
     seed: int,
     plan: Plan | None,
     start: State | None,
+    gradient: Gradient,
 ) -> Iterator[Record]:
     meta = pytree.tree_map(lambda tensor: tensor.detach().clone(), start.meta if start else learner.init())
     leaves = pytree.tree_leaves(meta)
-    optimizer = torch.optim.Adam(leaves, lr=meta_lr, fused=True)
+    optimizer = learner.outer.build(leaves, meta_lr)
     if start:
         optimizer.load_state_dict(copy.deepcopy(start.optimizer))
-        optimizer.param_groups[0]["lr"] = meta_lr
     random = None
     for i in range(start.iteration if start else 0, iterations):
         began = time.perf_counter()
@@ -90,15 +98,27 @@ def _records(
         with torch.random.fork_rng(enabled=random):
             if random:
                 torch.manual_seed(stream_seed(seed, "dropout", i))
-            grads, metrics = gradient_function(learner, plan)(meta, batch)
+            grads, metrics = gradient(learner.at(i / iterations), plan)(meta, batch)
         gradients = pytree.tree_leaves(grads)
-        if not torch.isfinite(metrics.loss + get_total_norm(gradients)):
+        length = get_total_norm(gradients)
+        if not torch.isfinite(metrics.loss + length):
             raise _not_finite(i, tasks, metrics.task_loss)
-        for leaf, gradient in zip(leaves, gradients, strict=True):
-            leaf.grad = gradient
+        if not i:
+            _name_unmoved(learner, grads)
+        if learner.outer.clip is not None:
+            gradients = [g * (learner.outer.clip / length.clamp(min=learner.outer.clip)) for g in gradients]
+        optimizer.param_groups[0]["lr"] = learner.outer.rate(meta_lr, i, iterations)
+        for leaf, its in zip(leaves, gradients, strict=True):
+            leaf.grad = its
         optimizer.step()
         state = State(i + 1, meta, optimizer.state_dict())
         yield Record(i + 1, metrics.loss.item(), metrics.metric.item(), time.perf_counter() - began, state)
+
+
+def _name_unmoved(learner: Learner, grads: Meta) -> None:
+    unmoved = [name for tree in grads for name, g in tree.items() if not g.any()]
+    if unmoved:
+        log.info("%s: no gradient reaches %s; the outer loop leaves them as they are", learner.name, ", ".join(unmoved))
 
 
 def _not_finite(iteration: int, tasks: int, task_loss: torch.Tensor) -> NotFinite:

@@ -15,6 +15,11 @@ def tree_map(function: Callable[..., Tensor], *trees: Params) -> Params:
     return {name: function(*(tree[name] for tree in trees)) for name in trees[0]}
 
 
+def under(prefix: str, tree: Params) -> Params:
+    """What of a tree is named `prefix`..., by the rest of the name."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tree.items() if name.startswith(prefix)}
+
+
 def detach(tree: Params) -> Params:
     """The same values, cut off from the graph."""
     return {name: tensor.detach() for name, tensor in tree.items()}
@@ -26,6 +31,11 @@ def matches(name: str, selection: Selection) -> bool:
         return bool(selection(name))
     patterns = (selection,) if isinstance(selection, str) else selection
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def dot(a: Params, b: Params) -> Tensor:
+    """The inner product of two trees of the same names and shapes."""
+    return torch.stack([(tensor * b[name]).sum() for name, tensor in a.items()]).sum()
 
 
 def numel(tree: Params) -> int:

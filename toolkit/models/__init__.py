@@ -6,12 +6,17 @@ from functools import partial
 from torch import nn
 
 from toolkit.errors import unknown
+from toolkit.models.big import BigModel
 from toolkit.models.conv4 import conv4
 from toolkit.models.mlp import mlp
 
-__all__ = ["CLASSIFIERS", "REGRESSORS", "classifier", "conv4", "mlp", "regressor"]
+__all__ = ["CLASSIFIERS", "REGRESSORS", "BigModel", "classifier", "conv4", "mlp", "regressor"]
 
-CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {"conv4": conv4, "conv4-pool": partial(conv4, pool=True)}
+CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
+    "conv4": conv4,
+    "conv4-pool": partial(conv4, pool=True),
+    "conv4-32": partial(conv4, width=32),
+}
 REGRESSORS: dict[str, Callable[..., nn.Module]] = {"mlp": mlp}
 
 

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from toolkit.files import replace
 from toolkit.plots import figures
 from toolkit.plots.frame import styled
+from toolkit.plots.rates import learned_rates
 from toolkit.runs.folder import Run
 
 log = logging.getLogger("toolkit")
@@ -38,13 +39,16 @@ def save(figure: Figure, path: Path) -> list[Path]:
 
 
 def draw_run(path: Path) -> list[Path]:
-    """Draws adaptation, training and the example task (task or fits) into the run folder `path`, from its files alone.
+    """Draws adaptation, training, learned rates where there are any, and the example task (task or fits) into the run folder
+    `path`, from its files alone.
 
     An example that is no image classification and no scalar regression is left out with a log message. Nothing is
     written when a drawing fails. Raises UserError when the folder lacks a file or a test result.
     """
     run = Run(path)
     drawn = {"adaptation": figures.adaptation([run]), "training": figures.training([run])}
+    if any(key.startswith("rate/") for row in run.metrics for key in row):
+        drawn["rates"] = learned_rates(run)
     if kind := figures.example_kind(run):
         drawn[kind] = figures.example(run)
     else:

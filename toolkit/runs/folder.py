@@ -21,6 +21,11 @@ from toolkit.files import replace
 
 # These say where a run is kept and how it is watched; they cannot change its numbers.
 NOT_HASHED = ("out", "resume", "overwrite", "debug", "data_root", "download", "preset")
+# Flags that came after the first version, with the value that leaves everything as it was: runs without them still resume.
+LATER: dict[str, Any] = {
+    "order": None, "rule": None, "inner_batch": None, "inner_clip": None, "head": "head", "meta_optimizer": None,
+    "meta_schedule": None, "meta_clip": None, "permutations": 1, "backend": "toolkit", "train_shots": None,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,8 @@ class Run:
 
     @cached_property
     def metrics(self) -> list[dict[str, float]]:
-        """Training rows {iteration, loss, metric, seconds} and validation rows {iteration, val_loss, val_metric, val_ci95}."""
+        """Training rows {iteration, loss, metric, seconds}, validation rows {iteration, val_loss, val_metric, val_ci95}, and
+        rows of learned inner rates {iteration, rate/<name>, ...}."""
         try:
             return [json.loads(line) for line in self._read("metrics.jsonl").splitlines()]
         except json.JSONDecodeError as error:
@@ -97,7 +103,7 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 
 def config_hash(config: dict[str, Any]) -> str:
     """Identifies the part of a configuration that decides the numbers."""
-    kept = {key: value for key, value in config.items() if key not in NOT_HASHED}
+    kept = {key: value for key, value in config.items() if key not in NOT_HASHED and not (key in LATER and value == LATER[key])}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -127,9 +133,9 @@ def prepare(path: Path, config: dict[str, Any], resume: bool, overwrite: bool) -
 def _check_same(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
     new = json.loads(json.dumps(new))  # as the old one was read: tuples are lists there
     for key in sorted(set(old) | set(new)):
-        if key not in NOT_HASHED and old.get(key) != new.get(key):
+        before, now = old.get(key, LATER.get(key)), new.get(key, LATER.get(key))
+        if key not in NOT_HASHED and before != now:
             flag = "--" + key.replace("_", "-")
             raise UserError(
-                f"{path} was made with {flag} {old.get(key)}, not {new.get(key)}; "
-                f"resume with the same flags, or choose another --out"
+                f"{path} was made with {flag} {before}, not {now}; resume with the same flags, or choose another --out"
             )

@@ -7,10 +7,16 @@ import os
 import time
 from pathlib import Path
 
+from toolkit.learner import Meta
 from toolkit.train import Record
 
 log = logging.getLogger("toolkit")
 ROWS = 1000  # training rows at most, so that the file stays small however long the run
+
+
+def rates(meta: Meta) -> dict[str, float]:
+    """The learned inner rates, "rate/<name>" each: of a tensor whose weights have one each, the mean."""
+    return {f"rate/{name}": float(value.mean()) for name, value in meta.learned.items() if "lr/" in name}
 
 
 class Journal:

@@ -31,7 +31,7 @@ def summarise(
     uses_batch_norm: bool,
 ) -> dict[str, Any]:
     """The content of `summary.json`. `seconds` is the training time, validation and earlier parts of the run included."""
-    params = learner.init().params
+    params, learned, _ = learner.init()
     policy = learner.batch_norm if uses_batch_norm else "no batch norm"
     test = {
         "tasks": curve.tasks,
@@ -52,6 +52,7 @@ def summarise(
         "peak_mb": _peak_mb(config["device"]),
         "parameters": numel(params),
         "adapted_parameters": numel(learner.adapted(params)),
+        "learned_numbers": numel(learned),
     }
     return {
         "experiment": config["experiment"],

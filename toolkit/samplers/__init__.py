@@ -1,7 +1,9 @@
 """Task samplers: each family in a file of its own, all obeying the `TaskSampler` protocol of `toolkit.task`."""
 
+from toolkit.samplers.classes import AllClasses
 from toolkit.samplers.episodes import Episodes
 from toolkit.samplers.linear import Linear
+from toolkit.samplers.loaders import Loaders, MetaTask, joint_epochs
 from toolkit.samplers.sinusoid import Sinusoid
 
-__all__ = ["Episodes", "Linear", "Sinusoid"]
+__all__ = ["AllClasses", "Episodes", "Linear", "Loaders", "MetaTask", "Sinusoid", "joint_epochs"]

@@ -60,9 +60,12 @@ class Episodes:
     def _batch(self, rows: Tensor) -> Batch:
         tasks, ways, count = rows.shape
         x = self.bank.items[rows.reshape(-1)].view(tasks, ways * count, *self.bank.items.shape[1:])
-        if x.dtype == torch.uint8:
-            x = x.float().div_(255)
-        return Batch(x, torch.arange(ways).repeat_interleave(count).repeat(tasks, 1))
+        return Batch(as_input(x), torch.arange(ways).repeat_interleave(count).repeat(tasks, 1))
+
+
+def as_input(items: Tensor) -> Tensor:
+    """Items of a bank as a network takes them: uint8 becomes float32 in [0, 1]."""
+    return items.float().div_(255) if items.dtype == torch.uint8 else items
 
 
 def distinct(noise: Tensor, size: Tensor) -> Tensor:

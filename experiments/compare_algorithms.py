@@ -1,0 +1,208 @@
+"""Every method of the table on the same tasks with the same budget: what does each buy, and what does it cost?
+
+    python experiments/compare_algorithms.py --setting sinusoid --seeds 3
+    python experiments/compare_algorithms.py --setting omniglot-5w1s --data-root data
+    python experiments/compare_algorithms.py --setting omniglot-20w1s --data-root data
+
+Each method is one run of `experiments/sinusoid.py` or `experiments/omniglot.py` per seed, in a process of its own, so that its
+peak memory is its own; its flags are the setting's and then the method's, below, and stand in its config.json. The same command
+again goes on where it stopped: finished runs are kept. `--jobs 2` runs two at a time, each on its share of the cores.
+
+The budget is small (minutes a method, not hours), so this compares early learning; the papers' orderings are for convergence.
+Inner rates and steps are the papers' where they fit, and round numbers otherwise; nothing was tuned on test tasks. Results and
+what they say: results/README.md.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from toolkit.errors import UserError, unknown
+from toolkit.files import replace
+from toolkit.flags import launch
+from toolkit.runs.comparison import rows, table
+from toolkit.runs.folder import Run, write_json
+
+HERE = Path(__file__).parent
+FAMILIES = {
+    "MAML and its order": ("maml", "fomaml", "imaml", "reptile", "maml_plus_plus"),
+    "a part adapts": ("anil", "boil", "cavia", "lora_maml"),
+    "a learned inner loop": ("meta_sgd", "alfa", "metal", "meta_curvature", "kfo", "warp_grad"),
+    "the head by the support set": ("proto_maml", "unicorn_maml", "r2d2", "protonet", "matching_net"),
+    "no meta-learning": ("joint", "fine_tune", "linear_probe", "nearest_centroid"),
+}
+Options = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """`script` with `common` flags for all methods, and each method's own on top; only these methods are compared."""
+
+    script: str
+    common: Options
+    methods: Mapping[str, Options]
+
+
+SINUSOID = Setting(
+    "sinusoid.py",
+    {"iterations": 10_000, "inner_lr": 0.01, "inner_steps": 1, "val_tasks": 200, "validate_every": 2_000, "no_compile": True},
+    {
+        "maml": {},
+        "fomaml": {},
+        "imaml": {"inner_steps": 10, "inner_lr": 0.05},
+        "reptile": {"inner_steps": 5, "inner_lr": 0.02, "inner_batch": 5, "meta_lr": 0.5},
+        "maml_plus_plus": {"inner_steps": 5},
+        "anil": {"inner_steps": 5, "inner_lr": 0.05},
+        "boil": {},
+        "cavia": {"inner_lr": 1.0},
+        "lora_maml": {"inner_lr": 0.05, "inner_steps": 5},
+        "meta_sgd": {},
+        "alfa": {},
+        "metal": {},
+        "meta_curvature": {},
+        "kfo": {},
+        "warp_grad": {},
+        "joint": {},
+    },
+)
+IMAGES: dict[str, Options] = {
+    "maml": {},
+    "fomaml": {},
+    "imaml": {"inner_steps": 8, "inner_lr": 0.1},
+    "reptile": {"inner_steps": 5, "inner_lr": 0.05, "train_shots": 5, "inner_batch": 10, "meta_lr": 0.5},
+    "maml_plus_plus": {"inner_steps": 3},
+    "anil": {},
+    "boil": {},
+    "cavia": {"inner_steps": 3, "inner_lr": 3.0},
+    "lora_maml": {},
+    "meta_sgd": {},
+    "alfa": {},
+    "metal": {},
+    "meta_curvature": {},
+    "kfo": {},
+    "warp_grad": {},
+    "proto_maml": {"inner_lr": 0.05},
+    "unicorn_maml": {},
+    "r2d2": {},
+    "protonet": {},
+    "matching_net": {},
+    "joint": {},
+    "fine_tune": {"inner_lr": 0.05},
+    "linear_probe": {},
+    "nearest_centroid": {},
+}
+OMNIGLOT: Options = {
+    "model": "conv4-32", "map": "vmap", "iterations": 1_500, "validate_every": 500, "val_tasks": 200, "eval_tasks": 600,
+    "no_compile": True,
+}  # fmt: skip
+SETTINGS = {
+    "sinusoid": SINUSOID,
+    "omniglot-5w1s": Setting("omniglot.py", OMNIGLOT | {"ways": 5, "tasks": 16}, IMAGES),
+    "omniglot-20w1s": Setting("omniglot.py", OMNIGLOT | {"ways": 20, "tasks": 4, "inner_lr": 0.1, "inner_steps": 3}, IMAGES),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """All methods, same tasks, same budget."""
+
+    setting: str = "sinusoid"
+    """sinusoid, omniglot-5w1s or omniglot-20w1s."""
+    methods: tuple[str, ...] = ()
+    """Methods to compare; all of the setting by default."""
+    seeds: int = 1
+    """Runs per method, with seeds 0, 1, ..."""
+    iterations: int | None = None
+    """Meta-updates of every method; by default the setting's."""
+    jobs: int = 1
+    """Runs at a time."""
+    data_root: Path = Path("data")
+    """Folder that holds the data sets."""
+    out: Path | None = None
+    """Where the runs, the table and the figure go; by default results/compare-<setting>."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def main(config: Config) -> None:
+    if config.setting not in SETTINGS:
+        raise unknown("setting", config.setting, SETTINGS)
+    setting = SETTINGS[config.setting]
+    for method in config.methods:
+        if method not in setting.methods:
+            raise unknown(f"method for {config.setting}", method, setting.methods)
+    if min(config.seeds, config.jobs, config.iterations or 1) < 1:
+        raise UserError(f"{config.seeds} seeds, {config.jobs} jobs, {config.iterations} iterations; each must be at least 1")
+    out = config.out or Path("results") / f"compare-{config.setting}"
+    methods = config.methods or tuple(setting.methods)
+    folders = {(m, seed): out / f"{m}-seed{seed}" for seed in range(config.seeds) for m in methods}
+    wanted = {key: folder for key, folder in folders.items() if not (folder / "summary.json").exists()}
+    failed = []
+    with (
+        tqdm(total=len(folders), initial=len(folders) - len(wanted), desc="runs") as bar,
+        ThreadPoolExecutor(config.jobs) as pool,
+    ):
+        work = {pool.submit(_run, config, setting, *key, folder): key for key, folder in wanted.items()}
+        for done in as_completed(work):
+            bar.set_postfix_str("{}, seed {}".format(*work[done]))
+            bar.update()
+            if message := done.result():
+                failed.append(f"{work[done][0]}, seed {work[done][1]}: {message}")
+                bar.write(f"failed: {failed[-1]}")
+    finished = {m: [Run(folders[m, s]) for s in range(config.seeds)] for m in methods
+                if all((folders[m, s] / "summary.json").exists() for s in range(config.seeds))}  # fmt: skip
+    if finished:
+        _report(config, out, finished)
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(wanted)} runs failed ({failed[0]}); their output is in log.txt of their folders"
+        )
+
+
+def _run(config: Config, setting: Setting, method: str, seed: int, folder: Path) -> str | None:
+    """Runs one method to its end, or on from its newest checkpoint; returns the last line of its output if it failed."""
+    options = setting.common | setting.methods[method] | {"algorithm": method, "seed": seed, "out": folder}
+    if config.iterations:
+        options |= {"iterations": config.iterations, "validate_every": min(config.iterations, 500)}
+    if setting.script == "omniglot.py":
+        options["data_root"] = config.data_root
+    command = [sys.executable, str(HERE / setting.script), "--resume"]
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        command += [flag] if value is True else [flag, str(value)]
+    environment = dict(os.environ)
+    if config.jobs > 1:
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // config.jobs))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    log = folder.with_name(f"{folder.name}.log")
+    with open(log, "w") as output:
+        code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment).returncode
+    return None if code == 0 else (log.read_text().strip().splitlines() or ["no output"])[-1]
+
+
+def _report(config: Config, out: Path, runs: dict[str, list[Run]]) -> None:
+    from toolkit.plots.comparison import comparison
+    from toolkit.plots.save import save
+
+    found = rows(runs)
+    text = table(found)
+    write_json(out / "comparison.json", {"setting": config.setting, "rows": found})
+    replace(out / "table.md", f"{text}\n".encode())
+    tests = runs[next(iter(runs))][0].summary["test"]["tasks"]
+    seeds = f"{config.seeds} seed{'s' * (config.seeds > 1)}"
+    iterations = runs[next(iter(runs))][0].config["iterations"]
+    title = f"{config.setting}: {iterations:,} iterations, {seeds}, {tests:,} test tasks (ring: steps in training)"
+    figures = save(comparison(found, FAMILIES, title), out / "curves")
+    print(text)
+    print(json.dumps({"table": str(out / "table.md"), "figure": str(figures[0])}))
+
+
+if __name__ == "__main__":
+    launch(Config, main, {}, __doc__)

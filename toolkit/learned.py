@@ -1,0 +1,117 @@
+"""Parts of the inner loop that are themselves learned: preconditioners, ALFA's rates, MeTAL's loss.
+
+They are small networks written as functions of tensors in `Meta.learned`; all start as plain gradient descent.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from toolkit.learner import Learner, Meta
+from toolkit.rules import Wrapped
+from toolkit.task import Batch
+from toolkit.tree import Params, under
+
+
+@dataclass(frozen=True)
+class Preconditioned(Wrapped):
+    """`rule` with each gradient multiplied, along every axis of its tensor, by a learned square matrix that starts as the
+    identity.
+
+    Tensors are folded to at most `axes` axes: with 3, (out, in, rest) of a convolution has three matrices, which is
+    Meta-Curvature (Park & Oliva 2019, section 3.2); with 2, (out, rest) has two, the Kronecker-factored update of KFO (Arnold
+    et al. 2021, section 4, with linear factors).
+    """
+
+    axes: int = 3
+
+    def learned(self, fast: Params) -> Params:
+        return self.rule.learned(fast) | {
+            f"curvature{axis}/{name}": torch.eye(size, dtype=tensor.dtype, device=tensor.device)
+            for name, tensor in fast.items()
+            for axis, size in enumerate(self._folded(tensor).shape)
+        }
+
+    def update(self, learned: Params, grads: Params, state: Params, fast: Params, k: int) -> tuple[Params, Params]:
+        turned = {name: self._turn(name, grad, learned) for name, grad in grads.items()}
+        return self.rule.update(learned, turned, state, fast, k)
+
+    def _folded(self, tensor: Tensor) -> Tensor:
+        return tensor.flatten(self.axes - 1) if tensor.dim() > self.axes else tensor
+
+    def _turn(self, name: str, grad: Tensor, learned: Params) -> Tensor:
+        folded = self._folded(grad)
+        for axis in range(folded.dim()):
+            folded = torch.tensordot(folded, learned[f"curvature{axis}/{name}"], dims=([axis], [1])).movedim(-1, axis)
+        return folded.reshape(grad.shape)
+
+
+@dataclass(frozen=True)
+class Alfa(Wrapped):
+    """w <- beta w - alpha g with a rate and a decay per tensor that a small network makes anew in every step from the means of
+    all gradients and weights (ALFA, Baik et al. 2020, equations 5 and 6). `rule` gives the plain step that alpha scales.
+
+    Two layers, hidden width of twice the tensors as in the paper; its last layer starts at 0, so that alpha and beta start
+    at 1 (departure: the paper learns a factor per tensor and step instead).
+    """
+
+    def learned(self, fast: Params) -> Params:
+        return self.rule.learned(fast) | _network(
+            "alfa/", 2 * len(fast), 2 * len(fast), 2 * len(fast), next(iter(fast.values()))
+        )
+
+    def update(self, learned: Params, grads: Params, state: Params, fast: Params, k: int) -> tuple[Params, Params]:
+        seen = torch.stack([tree[name].mean() for tree in (grads, fast) for name in fast])
+        rates, decays = (1 + _respond(under("alfa/", learned), seen)).chunk(2)
+        scaled = {name: rates[i] * grads[name] for i, name in enumerate(fast)}
+        moved, state = self.rule.update(learned, scaled, state, fast, k)
+        return {name: moved[name] + (decays[i] - 1) * fast[name] for i, name in enumerate(fast)}, state
+
+
+@dataclass(frozen=True)
+class TaskLoss:
+    """The support loss plus a learned term: a small network's answer to the state of the task, averaged over examples
+    (MeTAL, Baik et al. 2021, equations 3 to 6).
+
+    The state of an example is the support loss, the mean of each adapting tensor, and the example's outputs; a second,
+    linear map of the state scales and shifts the network's own weights, as in the paper. Departures: the support set alone is
+    used (the paper adds a term on unlabelled queries), all steps share one network, and both maps' last layers start at 0.
+    """
+
+    hidden: int = 16
+
+    def check(self, learner: Learner) -> None:
+        learner.body()
+
+    def learned(self, learner: Learner, params: Params) -> Params:
+        head = next(p for name, p in params.items() if name.startswith(f"{learner.head}."))
+        size = 1 + len(learner.adapted_names) + head.shape[0]
+        network = _network("loss/", size, self.hidden, 1, head)
+        return network | {"loss/turn": head.new_zeros(2 * len(network), size)}
+
+    def __call__(self, learner: Learner, meta: Meta, fast: Params, support: Batch, k: int) -> Tensor:
+        prediction = learner.predict(meta, fast, support.x, k=k)
+        loss = learner.loss(prediction, support.y)
+        shared = torch.stack([loss, *(tensor.mean() for tensor in fast.values())])
+        rows = prediction.reshape(prediction.shape[0], -1)
+        state = torch.cat([shared.expand(rows.shape[0], -1), rows], 1)
+        own = under("loss/", meta.learned)
+        turn = own.pop("turn") @ state.mean(0)
+        turned = {n: w * (1 + turn[2 * i]) + turn[2 * i + 1] for i, (n, w) in enumerate(own.items())}
+        return loss + _respond(turned, state).mean()
+
+
+def _network(prefix: str, inputs: int, hidden: int, outputs: int, like: Tensor) -> Params:
+    """Two linear layers with a ReLU between; the first is random (fixed seed), the last is 0."""
+    noise = torch.randn(hidden, inputs, generator=torch.Generator().manual_seed(0)) / math.sqrt(inputs)
+    return {
+        f"{prefix}weight0": noise.to(like), f"{prefix}bias0": like.new_zeros(hidden),
+        f"{prefix}weight1": like.new_zeros(outputs, hidden), f"{prefix}bias1": like.new_zeros(outputs),
+    }  # fmt: skip
+
+
+def _respond(network: Params, x: Tensor) -> Tensor:
+    hidden = (x @ network["weight0"].T + network["bias0"]).relu()
+    return hidden @ network["weight1"].T + network["bias1"]
