@@ -99,7 +99,7 @@ IMAGES: dict[str, Options] = {
     "nearest_centroid": {},
 }
 OMNIGLOT: Options = {
-    "model": "conv4-32", "map": "vmap", "iterations": 1_500, "validate_every": 500, "val_tasks": 200, "eval_tasks": 600,
+    "model": "conv4-32", "map": "vmap", "iterations": 1_000, "validate_every": 500, "val_tasks": 200, "eval_tasks": 600,
     "no_compile": True,
 }  # fmt: skip
 SETTINGS = {

@@ -66,6 +66,46 @@ REFUSED: dict[str, tuple[Any, list[str], str]] = {
     "device": (sinusoid, ["--device", "tpu"], "--device tpu is not usable here; use one of: cpu"),
     "chunk": (sinusoid, ["--chunk", "0", "--map", "vmap"], "chunk is 0"),
     "threads compiled": (sinusoid, ["--map", "threads", "--compile"], "cannot run in threads"),
+    "classes for regression": (sinusoid, ["--algorithm", "protonet"], "protonet needs one integer class per example, but y is"),
+    "pretraining for regression": (sinusoid, ["--algorithm", "fine_tune"], "fine_tune pretrains on all training classes"),
+    "head": (omniglot, ["--algorithm", "r2d2", "--head", "top"], "head='top' names no linear layer of the model; it has head"),
+    "head of anil": (omniglot, ["--algorithm", "anil", "--head", "top"], r"adapts='top.\*' matches no trained parameter; the"),
+    "head of boil": (
+        omniglot,
+        ["--algorithm", "boil", "--head", "top"],
+        "head='top' names no layer of the model; its linear layers are head",
+    ),
+    "rule pattern": (
+        sinusoid,
+        ["--rule", "neck: sgd 0.1; rest: adam 1e-3"],
+        r"'\*neck\*' matches no parameter that adapts; these adapt: body.layer0.weight",
+    ),
+    "rule kind": (sinusoid, ["--rule", "sdg 0.1"], "unknown kind 'sdg'; did you mean 'sgd'"),
+    "rule of a method with its own": (
+        sinusoid,
+        ["--algorithm", "meta_sgd", "--rule", "sgd 0.1"],
+        "meta_sgd brings its own rule",
+    ),
+    "rates per step": (sinusoid, ["--rule", "sgd 0.1 learned per-step=3"], "rates for 3 steps, but the learner takes 1 inner"),
+    "setting": (
+        sinusoid,
+        ["--algorithm", "imaml", "--method", "lamb=1"],
+        "--method lamb=1: imaml takes lam, cg_steps, damping",
+    ),
+    "no conjugate gradient": (
+        sinusoid,
+        ["--algorithm", "imaml", "--method", "cg_steps=0"],
+        "0 steps of conjugate gradient give",
+    ),
+    "order": (sinusoid, ["--order", "third"], "unknown order 'third'"),
+    "truncated": (sinusoid, ["--order", "truncated:4"], "the last 4 of 1 inner steps cannot be of second order"),
+    "annealed": (sinusoid, ["--order", "annealed:2"], "give the fraction of the training"),
+    "implicit twice": (sinusoid, ["--algorithm", "imaml", "--order", "second"], "imaml brings its own order"),
+    "inner batch": (sinusoid, ["--inner-batch", "0"], "--inner-batch is 0; give at least 1"),
+    "inner clip": (sinusoid, ["--inner-clip", "0"], "the inner gradient's longest length is 0.0"),
+    "outer clip": (sinusoid, ["--meta-clip", "-1"], "the meta-gradient's longest length is -1.0"),
+    "label orders": (sinusoid, ["--permutations", "4"], "--permutations 4 needs classes"),
+    "backend": (sinusoid, ["--algorithm", "reptile", "--backend", "learn2learn"], "learn2learn cannot compute reptile"),
 }
 
 
@@ -98,8 +138,14 @@ def test_debug_shows_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         start(sinusoid, monkeypatch, "--algorithm", "x", "--debug", "--out", str(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("algorithm", algorithms.METHODS)
-@pytest.mark.parametrize("module", [sinusoid, omniglot, quickstart])
+RUNS = [
+    *((omniglot, name) for name in algorithms.METHODS),
+    *((sinusoid, name) for name in ("maml", "reptile", "cavia", "metal", "maml_plus_plus", "joint")),
+    *((quickstart, name) for name in ("maml", "linear_probe")),
+]
+
+
+@pytest.mark.parametrize(("module", "algorithm"), RUNS)
 def test_a_short_run_fills_its_folder(
     module: Any, algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -109,6 +155,7 @@ def test_a_short_run_fills_its_folder(
     start(module, monkeypatch, *SHORT, "--no-compile", "--out", str(out), "--algorithm", algorithm)
     picture = "fits" if module is sinusoid else "task"
     names = {path.name for path in out.iterdir()}
+    assert ("rates.png" in names) == (algorithm in ("meta_sgd", "maml_plus_plus"))
     assert names >= {"config.json", "metrics.jsonl", "curve.json", "summary.json", "checkpoints", "example.safetensors"}
     assert names >= {f"{figure}.{kind}" for figure in ("adaptation", "training", picture) for kind in ("png", "pdf")}
     summary = Run(out).summary

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -195,7 +196,7 @@ def test_em_never_lowers_the_likelihood_and_its_step_is_the_closed_form() -> Non
         assert (found - weights).abs().max() < 1e-12
         values.append(likelihood(learner, meta, components, batch, found))
         weights = (weights.unsqueeze(1) * share / (weights @ share)).mean(1)
-    assert all(b >= a - 1e-14 for a, b in zip(values, values[1:], strict=False))
+    assert all(b >= a - 1e-14 for a, b in pairwise(values))
     assert values[-1] > values[0] + 1e-3
 
 

@@ -261,7 +261,7 @@ def test_what_cannot_be_done_is_a_sentence(case: str) -> None:
 
 
 def test_a_head_alone_cannot_be_warped_and_the_sentence_is_readable() -> None:
-    with pytest.raises(UserError, match=r"it has head$") as caught:
+    with pytest.raises(UserError, match=r"but its head .head., so there is none to warp; use a deeper one$") as caught:
         warped(named(head=nn.Linear(3, 2)))
     assert "lambda" not in str(caught.value) and " at 0x" not in str(caught.value)
 

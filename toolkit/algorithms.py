@@ -21,6 +21,7 @@ from toolkit.models.surgery import attention_head, lora, warped, widened, with_c
 from toolkit.norms import batch_norms
 from toolkit.objectives import EveryStep, Implicit, annealed_weights, last_step
 from toolkit.objectives import reptile as reptile_objective
+from toolkit.order import with_order
 from toolkit.outer import Outer
 from toolkit.rules import SGD, Frozen, PerStep, Proximal, Rule
 from toolkit.starts import BlankHead, Memory, Prototypes, Ridge, SharedHead, inherited, zeros
@@ -47,35 +48,13 @@ def maml(
 ) -> Learner:
     """Model-agnostic meta-learning with exact second order (Finn et al. 2017, algorithm 2).
 
-    `order` is "second"; "first"; "truncated:k" (only the last k inner steps are of second order); "annealed:f" (first order for
-    the fraction f of the training, then second); or "implicit" (as `imaml`).
+    `order` is a word of `toolkit.order`, such as "first" or "truncated:2".
     """
     learner = Learner(
         model, loss, adapts, inherited, rule or SGD(inner_lr), inner_steps, last_step, metric, batch_norm,
         batch=inner_batch, outer=outer or Outer(), head=head, name=name,
     )  # fmt: skip
     return with_order(learner, order)
-
-
-def with_order(learner: Learner, order: str) -> Learner:
-    """The learner with its path differentiated in this `order` (see `maml`)."""
-    kind, _, number = order.partition(":")
-    known = ("second", "first", "truncated:2", "annealed:0.3", "implicit")
-    if kind not in {k.partition(":")[0] for k in known} or bool(number) != (kind in ("truncated", "annealed")):
-        raise unknown("order", order, known)
-    if kind == "first":
-        return replace(learner, order=0)
-    if kind == "truncated":
-        if not number.isdigit():
-            raise UserError(f"order {order!r}: give the number of last inner steps that are of second order, as truncated:2")
-        return replace(learner, order=int(number))
-    if kind == "annealed":
-        if not number.replace(".", "", 1).isdigit() or not 0 <= float(number) <= 1:
-            raise UserError(f"order {order!r}: give the fraction of the training that is of first order, as annealed:0.3")
-        return replace(learner, phases=((0.0, {"order": 0}), (float(number), {})))
-    if kind == "implicit":
-        return replace(learner, rule=Proximal(learner.rule), objective=Implicit(), order=0)
-    return learner
 
 
 def fomaml(model: nn.Module, *, name: str = "fomaml", **shared: Any) -> Learner:
@@ -105,7 +84,7 @@ def boil(model: nn.Module, *, head: str = "head", name: str = "boil", **shared: 
 
 def meta_sgd(model: nn.Module, *, inner_lr: float = 0.4, name: str = "meta_sgd", **shared: Any) -> Learner:
     """A learned rate per weight (Li et al. 2017, algorithm 1). All start at `inner_lr` (the paper draws them at random)."""
-    return maml(model, rule=SGD(inner_lr, learn="weight"), name=name, **_without_rule(name, shared))
+    return maml(model, rule=SGD(inner_lr, learn="weight"), name=name, **_without("rule", name, shared))
 
 
 def maml_plus_plus(
@@ -129,7 +108,7 @@ def maml_plus_plus(
     shared.setdefault("outer", Outer(schedule="cosine"))
     shared.setdefault("adapts", lambda n: n not in norms)
     rule = PerStep(SGD(inner_lr, learn="tensor"), max(1, inner_steps))
-    shared = _without_rule(name, shared)
+    shared = _without("rule", name, shared)
     learner = maml(model, rule=rule, inner_steps=inner_steps, batch_norm=batch_norm, name=name, **shared)
     if not (0 <= anneal <= 1 and 0 <= first_order <= 1):
         raise UserError(f"anneal is {anneal} and first_order {first_order}; give fractions of the training from 0 to 1")
@@ -156,8 +135,8 @@ def imaml(
 ) -> Learner:
     """Implicit MAML: a long proximal path, not differentiated, and the implicit gradient at its end (Rajeswaran et al. 2019,
     algorithms 1 and 2). The gradient is exact in the limit of a converged path and solved system."""
-    rule = Proximal(rule or SGD(inner_lr), lam)
-    learner = maml(model, rule=rule, inner_steps=inner_steps, order="first", name=name, **shared)
+    rule, shared = Proximal(rule or SGD(inner_lr), lam), _without("order", name, shared)
+    learner = maml(model, rule=rule, inner_steps=inner_steps, name=name, **shared | {"order": "first"})
     return replace(learner, objective=Implicit(lam, cg_steps, damping))
 
 
@@ -177,7 +156,7 @@ def proto_maml(model: nn.Module, *, name: str = "proto_maml", **shared: Any) -> 
 
 def protonet(model: nn.Module, *, head: str = "head", name: str = "protonet", **shared: Any) -> Learner:
     """Prototypical networks: ProtoMAML without steps, also in evaluation (Snell et al. 2017, equations 1 and 2)."""
-    return replace(_stepless(model, head, name, shared), start=Prototypes())
+    return replace(_stepless(_checked_head(model, head), head, name, shared), start=Prototypes())
 
 
 def matching_net(model: nn.Module, *, head: str = "head", name: str = "matching_net", **shared: Any) -> Learner:
@@ -191,7 +170,7 @@ def matching_net(model: nn.Module, *, head: str = "head", name: str = "matching_
 
 def r2d2(model: nn.Module, *, head: str = "head", name: str = "r2d2", **shared: Any) -> Learner:
     """A closed-form ridge-regression head on a meta-learned body (R2-D2, Bertinetto et al. 2019, section 3.2). No steps."""
-    return replace(_stepless(model, head, name, shared), start=Ridge())
+    return replace(_stepless(_checked_head(model, head), head, name, shared), start=Ridge())
 
 
 def meta_curvature(model: nn.Module, *, inner_lr: float = 0.4, rule: Rule | None = None, axes: int = 3,
@@ -254,18 +233,18 @@ def linear_probe(model: nn.Module, *, head: str = "head", name: str = "linear_pr
 def nearest_centroid(model: nn.Module, *, head: str = "head", name: str = "nearest_centroid", **shared: Any) -> Learner:
     """As `fine_tune`, judged by the distance to the class means of the support embeddings (Wang et al. 2019, "SimpleShot",
     without its centring and normalising). No steps."""
-    shared = _without_rule(name, shared) | {"rule": Frozen(), "adapts": f"{head}.*"}
+    shared = _without("rule", name, shared) | {"rule": Frozen(), "adapts": f"{head}.*"}
     return replace(fine_tune(model, head=head, name=name, **shared), start=Prototypes())
 
 
 def _stepless(model: nn.Module, head: str, name: str, shared: dict[str, Any], adapts: Selection | None = None) -> Learner:
     fixed = {"rule": Frozen(), "inner_steps": 0, "adapts": adapts or f"{head}.*", "order": "second"}
-    return maml(model, head=head, name=name, **_without_rule(name, shared) | fixed)
+    return maml(model, head=head, name=name, **_without("rule", name, shared) | fixed)
 
 
-def _without_rule(name: str, shared: dict[str, Any]) -> dict[str, Any]:
-    if shared.get("rule"):
-        raise UserError(f"{name} brings a rule of its own; leave out the rule, or use a method such as maml")
+def _without(what: str, name: str, shared: dict[str, Any]) -> dict[str, Any]:
+    if shared.get(what):
+        raise UserError(f"{name} brings its own {what}; leave the {what} out, or use a method such as maml")
     return shared
 
 

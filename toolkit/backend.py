@@ -156,11 +156,9 @@ def _look(learner: Learner, rule: SGD, model: nn.Module, task: Task) -> None:
     outputs: list[Any] = []
     with torch.random.fork_rng():
         if not _adapts_all(learner):
-            hook = model.get_submodule(learner.head).register_forward_hook(
-                lambda module, inputs, output: outputs.append(output)
-            )
-            prediction = _call(model, task.support.x)
-            hook.remove()
+            head = model.get_submodule(learner.head)
+            with head.register_forward_hook(lambda module, inputs, output: outputs.append(output)):
+                prediction = _call(model, task.support.x)
             if outputs[-1] is not prediction:
                 raise UserError(
                     f"the model goes on after its head {learner.head!r}, and learn2learn would leave that out; end the model "

@@ -12,7 +12,7 @@ from toolkit.curve import Curve
 from toolkit.engine import Plan, default_plan, exact_attention, lift_for, runner
 from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta, Score
-from toolkit.task import Task, TaskSampler, count, draw, fingerprint, move
+from toolkit.task import Task, TaskSampler, count, draw, fingerprint, move, take
 from toolkit.tree import Params, tree_map
 
 DRAWN_AT_ONCE = 64
@@ -51,7 +51,8 @@ def evaluate(
         drawn = move(drawn, device)
         if run is None or work is None or plan is None:
             plan = plan or default_plan(learner, drawn)
-            run, work = runner(learner, plan), partial(_walk, meta, steps, plan, permutations)
+            orders = _label_orders(learner, meta, take(drawn, 0), permutations)
+            run, work = runner(learner, plan), partial(_walk, meta, steps, plan, orders)
         with exact_attention():
             scores += run(work, plan.pieces(drawn))
         if progress:
@@ -61,12 +62,12 @@ def evaluate(
 
 
 @torch.no_grad()
-def _walk(meta: Meta, steps: int, plan: Plan, permutations: int, learner: Learner, tasks: Task) -> Score:
+def _walk(meta: Meta, steps: int, plan: Plan, orders: list[Tensor], learner: Learner, tasks: Task) -> Score:
     """Query scores of shape (tasks, steps + 1)."""
 
     def walk(meta: Meta, task: Task) -> Score:
-        if permutations > 1:
-            scores = _averaged(learner, meta, task, steps, permutations)
+        if orders:
+            scores = _averaged(learner, meta, task, steps, orders)
         else:
             scores = [learner.assess(meta, fast, task, k) for k, fast in enumerate(learner.path(meta, task.support, steps))]
         return Score(*(torch.stack(values) for values in zip(*scores, strict=True)))
@@ -75,21 +76,34 @@ def _walk(meta: Meta, steps: int, plan: Plan, permutations: int, learner: Learne
     return scores
 
 
-def _averaged(learner: Learner, meta: Meta, task: Task, steps: int, permutations: int) -> list[Score]:
-    """The scores after 0..`steps` steps of the mean probabilities over label orders, the given order first."""
-    if task.support.y.is_floating_point():
-        raise UserError("label orders are averaged for classes only, but y holds floats; use permutations=1")
-    generator, total, order = torch.Generator().manual_seed(0), list[Tensor](), None
-    for _ in range(permutations):
-        y = task.support.y if order is None else order[task.support.y]
-        shares = []
-        for k, fast in enumerate(learner.path(meta, task.support._replace(y=y), steps)):
-            share = learner.predict(meta, fast, task.query.x, task.support.x, k).softmax(-1) / permutations
-            shares.append(share if order is None else share[:, order])
+def _averaged(learner: Learner, meta: Meta, task: Task, steps: int, orders: list[Tensor]) -> list[Score]:
+    """The scores after 0..`steps` steps of the mean probabilities over label orders."""
+    total = list[Tensor]()
+    for order in orders:
+        path = enumerate(learner.path(meta, task.support._replace(y=order[task.support.y]), steps))
+        shares = [
+            learner.predict(meta, fast, task.query.x, task.support.x, k).softmax(-1)[:, order] / len(orders) for k, fast in path
+        ]
         total = [a + b for a, b in zip(total, shares, strict=True)] if total else shares
-        order = torch.randperm(shares[0].shape[-1], generator=generator).to(task.support.y.device)
     logs = [share.clamp(min=torch.finfo(share.dtype).tiny).log() for share in total]
     return [Score(learner.loss(p, task.query.y), learner.metric(p, task.query.y)) for p in logs]
+
+
+@torch.no_grad()
+def _label_orders(learner: Learner, meta: Meta, task: Task, permutations: int) -> list[Tensor]:
+    """The given order of classes and random others, the same for every task and plan; none for one permutation.
+
+    Drawn once and outside of vmap, which would draw other ones for each task of a piece."""
+    if permutations == 1:
+        return []
+    if task.support.y.is_floating_point():
+        raise UserError("label orders are averaged for classes only, but y holds floats; use permutations=1")
+    with exact_attention():
+        fast = next(iter(learner.path(meta, task.support, 0)))
+        ways = learner.predict(meta, fast, task.query.x, task.support.x, 0).shape[-1]
+    generator = torch.Generator().manual_seed(0)
+    others = [torch.randperm(ways, generator=generator) for _ in range(permutations - 1)]
+    return [order.to(task.support.y.device) for order in (torch.arange(ways), *others)]
 
 
 @torch.no_grad()

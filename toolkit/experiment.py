@@ -73,7 +73,10 @@ def run(
             )
         trainee, source = _on(flags.device, learner.pretrain), pretraining
     for each, sampler in ((learner, training), (trainee, source)):
-        each.rehearse(move(take(draw(sampler, 1, flags.seed), 0), flags.device))
+        task = take(draw(sampler, 1, flags.seed), 0)
+        each.rehearse(move(task, flags.device))
+        if flags.permutations > 1 and task.support.y.is_floating_point():
+            raise UserError(f"--permutations {flags.permutations} needs classes, but these tasks are regression; leave it out")
     plan = _plan(flags, trainee, source)
     gradient = backend(flags.backend)
     gradient(trainee, plan)  # refuses what it cannot compute, before anything is written

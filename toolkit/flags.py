@@ -2,8 +2,10 @@
 
 import logging
 import sys
-from collections.abc import Callable
+from ast import literal_eval
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -52,6 +54,8 @@ class Flags:
     """Support examples per inner step, in turn; all by default."""
     inner_clip: float | None = None
     """Longest inner gradient of a task (Euclidean); longer ones are scaled down."""
+    method: tuple[str, ...] = ()
+    """Settings that only this method has, such as lam=0.5 cg_steps=10 (imaml), rank=8 (lora_maml), context=10 (cavia)."""
     head: str = "head"
     """Name of the model's last linear layer, for the methods that treat it apart."""
     meta_lr: float = 1e-3
@@ -138,10 +142,31 @@ def build(flags: Flags, model: nn.Module, classes: int | None = None, **given: A
     given |= {"order": flags.order} if flags.order else {}
     given |= {"batch_norm": flags.batch_norm} if isinstance(flags, EpisodeFlags) and flags.batch_norm else {}
     given |= {"rule": parse(flags.rule)} if flags.rule else {}
-    learner = algorithms.build(flags.algorithm, model, classes, **given)
+    learner = algorithms.build(flags.algorithm, model, classes, **given, **settings(flags.algorithm, flags.method))
     outer: dict[str, Any] = {"optimizer": flags.meta_optimizer, "schedule": flags.meta_schedule, "clip": flags.meta_clip}
     learner = replace(learner, outer=replace(learner.outer, **{k: v for k, v in outer.items() if v is not None}))
     return replace(learner, rule=Clip(learner.rule, flags.inner_clip)) if flags.inner_clip is not None else learner
+
+
+def settings(name: str, pairs: Sequence[str]) -> dict[str, Any]:
+    """Keyword arguments from texts such as "lam=0.5", for what only the method called `name` takes. Raises UserError for a text
+    without "=" and for what the method does not take."""
+    if name not in algorithms.METHODS:
+        raise unknown("algorithm", name, algorithms.METHODS)
+    common = set(signature(algorithms.maml).parameters) | {"classes"}
+    own = [
+        p for p in signature(algorithms.METHODS[name]).parameters.values() if p.kind is p.KEYWORD_ONLY and p.name not in common
+    ]
+    found: dict[str, Any] = {}
+    for key, equals, value in (pair.partition("=") for pair in pairs):
+        if not equals or key not in {p.name for p in own}:
+            known = ", ".join(p.name for p in own)
+            raise UserError(f"--method {key + equals + value}: {name} takes " + (f"{known}, as key=value" if known else "none"))
+        try:
+            found[key] = literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[key] = value
+    return found
 
 
 def launch(flags_type: type[F], body: Callable[[F], object], presets: dict[str, dict[str, Any]], doc: str) -> None:

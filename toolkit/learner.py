@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from toolkit.rules import Rule
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class Meta(NamedTuple):
@@ -249,7 +250,7 @@ class Learner:
         with torch.no_grad(), torch.random.fork_rng():
             meta = self.init()
             *_, fast = self.path(meta, task.support, min(self.steps, 1))
-            replace(self, training=True).assess(meta, fast, task)
+            self.assess(meta, fast, task)
 
     def step(self, meta: Meta, carry: Carry, support: Batch, k: int) -> Carry:
         """The next point of the path: step `k` = 0, 1, ... of the rule on the inner loss."""
@@ -288,6 +289,7 @@ def minibatch(support: Batch, size: int | None, k: int) -> Batch:
     total = support.y.shape[0]
     if size is None or size >= total:
         return support
-    stride = next(s for s in range(max(1, round(0.618 * total)), total + 2) if math.gcd(s, total) == 1)
-    rows = [(i * stride) % total for i in range(k * size, (k + 1) * size)]
+    ranked = sorted(range(total), key=lambda i: i * GOLDEN % 1)
+    order = sorted(range(total), key=ranked.__getitem__)
+    rows = [order[i % total] for i in range(k * size, (k + 1) * size)]
     return pytree.tree_map(lambda tensor: tensor[rows], support)  # type: ignore[no-any-return]

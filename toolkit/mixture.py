@@ -1,10 +1,10 @@
 """A mixture of adapted models: P(y|x) = sum over sub-tasks c of pi_c P(y|x, theta_c), for queries whose sub-task is unknown.
 
-Shared knowledge over sub-tasks is often printed as P(y|x) = sum_c P(y_c|x, theta_c). We depart from that in two points: it has no
-weights, so with C sub-tasks it sums to C over y instead of 1, and each term has a y_c of its own where there is one y. We take
-the law of total probability, whose weights pi_c = P(c) are at least 0 and sum to 1; `uniform` weights are the printed formula
-divided by C. Weights come from nothing (`uniform`), from a few labelled examples of the one sub-task at hand (`by_likelihood`),
-or from labelled examples of several (`fit_weights`). Classification only; nothing here is differentiated.
+Shared knowledge over sub-tasks is often printed as P(y|x) = sum_c P(y_c|x, theta_c). We depart from that in two points. It has
+no weights, so with C sub-tasks it sums to C over y instead of 1; and each term has a y_c of its own where there is one y. We
+take the law of total probability, whose weights pi_c = P(c) are at least 0 and sum to 1; `uniform` weights are the printed
+formula divided by C. Weights come from nothing (`uniform`), from a few labelled examples of the one sub-task at hand
+(`by_likelihood`), or from labelled examples of several (`fit_weights`). Classification only; nothing here is differentiated.
 """
 
 from dataclasses import replace

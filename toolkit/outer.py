@@ -27,7 +27,7 @@ class Outer:
         for kind, value, known in (("meta optimizer", self.optimizer, OPTIMIZERS), ("schedule", self.schedule, SCHEDULES)):
             if value not in known:
                 raise unknown(kind, value, known)
-        if self.clip is not None and not self.clip > 0:
+        if self.clip is not None and not 0 < self.clip < math.inf:
             raise UserError(f"the meta-gradient's longest length is {self.clip}; give a positive number")
 
     def build(self, leaves: list[Tensor], meta_lr: float) -> torch.optim.Optimizer:

@@ -161,7 +161,7 @@ class Clip(Wrapped):
     norm: float = 10.0
 
     def __post_init__(self) -> None:
-        if not self.norm > 0:
+        if not 0 < self.norm < float("inf"):
             raise UserError(f"the inner gradient's longest length is {self.norm}; give a positive number")
 
     def update(self, learned: Params, grads: Params, state: Params, fast: Params, k: int) -> tuple[Params, Params]:
@@ -182,7 +182,8 @@ class Proximal(Wrapped):
     def update(self, learned: Params, grads: Params, state: Params, fast: Params, k: int) -> tuple[Params, Params]:
         anchor = {f"anchor/{name}": state[f"anchor/{name}"] for name in fast}
         pulled = {name: grad + self.lam * (fast[name] - anchor[f"anchor/{name}"]) for name, grad in grads.items()}
-        fast, new = self.rule.update(learned, pulled, state, fast, k)
+        own = {key: tensor for key, tensor in state.items() if key not in anchor}
+        fast, new = self.rule.update(learned, pulled, own, fast, k)
         return fast, new | anchor
 
 
@@ -262,3 +263,4 @@ class Groups:
                     f"the rule pattern {pattern!r} matches no parameter that adapts; these adapt: {', '.join(names)}"
                 )
             rule.check(group, steps)
+        self._split(dict.fromkeys(names, torch.empty(0)))

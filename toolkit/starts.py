@@ -82,7 +82,7 @@ class Ridge(Head):
     scale: float = 1.0
 
     def learned(self, learner: Learner, params: Params) -> Params:
-        values = torch.tensor([self.lam, self.scale]).log().to(next(iter(params.values())))
+        values = next(iter(params.values())).new_tensor([self.lam, self.scale]).log()
         return {"start/log_lambda": values[0], "start/log_alpha": values[1], "start/beta": torch.zeros_like(values[0])}
 
     def __call__(self, learner: Learner, meta: Meta, support: Batch) -> Params:

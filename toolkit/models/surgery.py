@@ -6,6 +6,7 @@ them or not.
 
 import copy
 import importlib.util
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -111,7 +112,9 @@ def lora(model: nn.Module, rank: int = 4, layers: Selection = "*", peft: bool | 
         memo: dict[int, object] = {}
         copied = copy.deepcopy(model, memo)
         kept = {id(memo[i]) for i in trained}
-        made: nn.Module = inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), copied)
+        exactly = "|".join(map(re.escape, targets))  # a list of names would also match the ends of other names
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=exactly)
+        made: nn.Module = inject_adapter_in_model(config, copied)
         for name, p in made.named_parameters():
             p.requires_grad_("lora_" in name or id(p) in kept)
         return made.to(next(model.parameters()).dtype)
@@ -119,7 +122,11 @@ def lora(model: nn.Module, rank: int = 4, layers: Selection = "*", peft: bool | 
 
 def warped(model: nn.Module, head: str = "head") -> nn.Module:
     """A copy with a warp layer after every linear and convolutional layer but the head; its parameters are `*.warp.weight`."""
-    return _replaced(model, lambda name: name != head, lambda name, layer: Warp(layer))
+    layers = tuple(name for name in _chosen(model, "*") if name != head)
+    if not layers:
+        raise UserError(f"the model has no layer but its head {head!r}, so there is none to warp; use a deeper one")
+    with torch.random.fork_rng():
+        return _replaced(model, layers, lambda name, layer: Warp(layer))
 
 
 def with_context(model: nn.Module, size: int | None = None, layer: str | None = None, seed: int = 0) -> nn.Module:
@@ -129,13 +136,15 @@ def with_context(model: nn.Module, size: int | None = None, layer: str | None = 
     the convolution, the layer is that one, since it would undo what comes before it."""
     if size is not None and size < 1:
         raise UserError(f"{size} context parameters; give at least 1")
-    able = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d | Norm)}
+    able = {
+        name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d | Norm) and m.weight is not None
+    }
     convolutions = [name for name, m in able.items() if isinstance(m, nn.Conv2d)]
     chosen = layer or (convolutions[min(2, len(convolutions) - 1)] if convolutions else next(iter(able), ""))
     following = dict(pairwise(able)).get(chosen)
     if layer is None and following and isinstance(able[following], Norm):
         chosen = following
-    if chosen not in able or able[chosen].weight is None:
+    if chosen not in able:
         raise UserError(f"layer={layer!r} cannot listen to context parameters; these layers can: {', '.join(able) or 'none'}")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -151,6 +160,8 @@ def attention_head(model: nn.Module, head: str = "head") -> nn.Module:
 
 def widened(model: nn.Module, classes: int, head: str = "head", seed: int = 0) -> nn.Module:
     """A copy whose linear head has `classes` outputs, newly drawn."""
+    if classes < 1:
+        raise UserError(f"a head of {classes} classes; give at least 1")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return _replaced(model, head, lambda name, layer: nn.Linear(layer.weight.shape[1], classes))

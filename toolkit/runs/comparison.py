@@ -96,7 +96,8 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     percent = found[0]["metric"] == "accuracy"
     last = len(found[0]["mean"]) - 1
     head = ["method", "0 steps", "1 step", "as trained (steps)", f"{last} steps", "minus maml (paired)", "seeds' s.d.",
-            "training", "peak MB", "learned", "adapts"]  # fmt: skip
+            "training", "peak MB", "learned", "adapts",
+            "transductive"]  # fmt: skip
     lines = [head, ["---"] * len(head)]
     for row in found:
         k = row["trained_steps"]
@@ -107,6 +108,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
             _pair(gap[0], gap[1], percent, signed=True) if gap else "-",
             "-" if row["spread"] is None else _number(row["spread"], percent),
             f"{row['seconds']:.0f} s", str(row["peak_mb"]), f"{row['learned']:,}", f"{row['adapted']:,}",
+            "yes" if row["transductive"] else "no",
         ])  # fmt: skip
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

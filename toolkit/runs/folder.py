@@ -23,7 +23,7 @@ from toolkit.files import replace
 NOT_HASHED = ("out", "resume", "overwrite", "debug", "data_root", "download", "preset")
 # Flags that came after the first version, with the value that leaves everything as it was: runs without them still resume.
 LATER: dict[str, Any] = {
-    "order": None, "rule": None, "inner_batch": None, "inner_clip": None, "head": "head", "meta_optimizer": None,
+    "order": None, "method": [], "rule": None, "inner_batch": None, "inner_clip": None, "head": "head", "meta_optimizer": None,
     "meta_schedule": None, "meta_clip": None, "permutations": 1, "backend": "toolkit", "train_shots": None,
 }  # fmt: skip
 
