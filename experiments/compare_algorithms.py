@@ -32,7 +32,7 @@ from toolkit.runs.folder import Run, write_json
 
 HERE = Path(__file__).parent
 FAMILIES = {
-    "MAML and its order": ("maml", "fomaml", "imaml", "reptile", "maml_plus_plus"),
+    "MAML and its order": ("maml", "fomaml", "imaml", "reptile", "maml_plus_plus", "maml_plus_plus-batch"),
     "a part adapts": ("anil", "boil", "cavia", "lora_maml"),
     "a learned inner loop": ("meta_sgd", "alfa", "metal", "meta_curvature", "kfo", "warp_grad"),
     "the head by the support set": ("proto_maml", "unicorn_maml", "r2d2", "protonet", "matching_net"),
@@ -62,7 +62,7 @@ SINUSOID = Setting(
         "anil": {"inner_steps": 5, "inner_lr": 0.05},
         "boil": {},
         "cavia": {"inner_lr": 1.0},
-        "lora_maml": {"inner_lr": 0.05, "inner_steps": 5},
+        "lora_maml": {"inner_lr": 0.02, "inner_steps": 5},
         "meta_sgd": {},
         "alfa": {},
         "metal": {},
@@ -78,6 +78,7 @@ IMAGES: dict[str, Options] = {
     "imaml": {"inner_steps": 8, "inner_lr": 0.1},
     "reptile": {"inner_steps": 5, "inner_lr": 0.05, "train_shots": 5, "inner_batch": 10, "meta_lr": 0.5},
     "maml_plus_plus": {"inner_steps": 3},
+    "maml_plus_plus-batch": {"algorithm": "maml_plus_plus", "inner_steps": 3, "batch_norm": "per_step_batch"},
     "anil": {},
     "boil": {},
     "cavia": {"inner_steps": 3, "inner_lr": 3.0},
@@ -105,7 +106,11 @@ OMNIGLOT: Options = {
 SETTINGS = {
     "sinusoid": SINUSOID,
     "omniglot-5w1s": Setting("omniglot.py", OMNIGLOT | {"ways": 5, "tasks": 16}, IMAGES),
-    "omniglot-20w1s": Setting("omniglot.py", OMNIGLOT | {"ways": 20, "tasks": 4, "inner_lr": 0.1, "inner_steps": 3}, IMAGES),
+    "omniglot-20w1s": Setting(
+        "omniglot.py",
+        OMNIGLOT | {"ways": 20, "tasks": 4, "iterations": 600, "validate_every": 300, "inner_lr": 0.1, "inner_steps": 3},
+        IMAGES,
+    ),
 }
 
 
@@ -138,11 +143,20 @@ def main(config: Config) -> None:
     for method in config.methods:
         if method not in setting.methods:
             raise unknown(f"method for {config.setting}", method, setting.methods)
-    if min(config.seeds, config.jobs, config.iterations or 1) < 1:
+    if min(config.seeds, config.jobs, 1 if config.iterations is None else config.iterations) < 1:
         raise UserError(f"{config.seeds} seeds, {config.jobs} jobs, {config.iterations} iterations; each must be at least 1")
+    if setting.script == "omniglot.py" and not config.data_root.is_dir():
+        raise UserError(f"there is no folder {config.data_root}; give the one that holds Omniglot with --data-root")
     out = config.out or Path("results") / f"compare-{config.setting}"
     methods = config.methods or tuple(setting.methods)
     folders = {(m, seed): out / f"{m}-seed{seed}" for seed in range(config.seeds) for m in methods}
+    iterations = config.iterations or setting.common["iterations"]
+    for folder in folders.values():
+        if (folder / "summary.json").exists() and Run(folder).config["iterations"] != iterations:
+            raise UserError(
+                f"{folder} has {Run(folder).config['iterations']} iterations, not {iterations}; use the same --iterations, or "
+                "choose another --out"
+            )
     wanted = {key: folder for key, folder in folders.items() if not (folder / "summary.json").exists()}
     failed = []
     with (
@@ -162,13 +176,13 @@ def main(config: Config) -> None:
         _report(config, out, finished)
     if failed:
         raise UserError(
-            f"{len(failed)} of {len(wanted)} runs failed ({failed[0]}); their output is in log.txt of their folders"
+            f"{len(failed)} of {len(wanted)} runs failed ({failed[0]}); their output is in <method>-seed<n>.log in {out}"
         )
 
 
 def _run(config: Config, setting: Setting, method: str, seed: int, folder: Path) -> str | None:
     """Runs one method to its end, or on from its newest checkpoint; returns the last line of its output if it failed."""
-    options = setting.common | setting.methods[method] | {"algorithm": method, "seed": seed, "out": folder}
+    options = {"algorithm": method} | setting.common | setting.methods[method] | {"seed": seed, "out": folder}
     if config.iterations:
         options |= {"iterations": config.iterations, "validate_every": min(config.iterations, 500)}
     if setting.script == "omniglot.py":
@@ -198,7 +212,7 @@ def _report(config: Config, out: Path, runs: dict[str, list[Run]]) -> None:
     tests = runs[next(iter(runs))][0].summary["test"]["tasks"]
     seeds = f"{config.seeds} seed{'s' * (config.seeds > 1)}"
     iterations = runs[next(iter(runs))][0].config["iterations"]
-    title = f"{config.setting}: {iterations:,} iterations, {seeds}, {tests:,} test tasks (ring: steps in training)"
+    title = f"{config.setting}: {iterations:,} iterations, {seeds}, {tests:,} test tasks"
     figures = save(comparison(found, FAMILIES, title), out / "curves")
     print(text)
     print(json.dumps({"table": str(out / "table.md"), "figure": str(figures[0])}))

@@ -761,6 +761,20 @@ def test_batch_norm_per_step_is_evaluated_with_the_statistics_of_its_point() -> 
             assert abs(curve.loss[i, k] - loss) < 1e-12
 
 
+def test_batch_norm_per_step_batch_is_evaluated_with_the_statistics_of_the_query_batch() -> None:
+    """The scale and shift are those of the point; nothing is to be calibrated."""
+    learner = trained("maml_plus_plus", normed(), batch_norm="per_step_batch")
+    check_gradient(learner, task_batch(), None, {})
+    meta = stirred(learner)
+    assert calibrate(learner, meta, Blobs()) is meta
+    tasks, curve = draw(Blobs(), 4, 0, split="test"), evaluate(learner, meta, Blobs(), tasks=4, steps=5)
+    for i in range(4):
+        task = take(tasks, i)
+        for k, fast in enumerate(normed_path(meta, task.support, 3, 5)):
+            loss = LOSS(normalised(meta, fast, task.query.x, min(k, 3)), task.query.y)
+            assert abs(curve.loss[i, k] - loss) < 1e-12
+
+
 @pytest.mark.parametrize("order", ["first", "second"])
 @pytest.mark.parametrize("point", [0, 1, 2, 3])
 def test_scale_and_shift_of_a_point_are_its_own(point: int, order: str) -> None:

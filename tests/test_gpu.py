@@ -1,13 +1,16 @@
 """On a CUDA device: the same gradient and the same curve as in float64 on the CPU."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 from experiments import sinusoid
-from tests.conftest import convolutional, dense, relative, task_batch
+from tests.conftest import convolutional, dense, relative, stirred, task_batch
+from tests.test_contract import trained, training_tasks
 from toolkit import Plan, algorithms, evaluate, meta_gradient
 from toolkit.experiment import run
 from toolkit.learner import Learner
@@ -41,6 +44,19 @@ def test_the_gradient_equals_that_of_the_cpu(model: str, memory: str) -> None:
     learner = on_gpu(algorithms.maml(build(), rule=Adam(0.05, eps=1e-3), inner_steps=3))
     grads, _ = meta_gradient(learner, learner.init(), move(tasks, "cuda"), Plan("vmap", memory=memory))
     assert relative(move(grads, "cpu"), exact) < 1e-10
+
+
+@pytest.mark.parametrize("name", algorithms.METHODS)
+def test_the_gradient_of_every_method_equals_that_of_the_cpu(name: str) -> None:
+    learner, tasks = trained(name).at(0.4), training_tasks(name)
+    meta = stirred(learner)
+    exact, scores = meta_gradient(learner, meta, tasks, Plan("loop"))
+    moved = replace(learner, model=learner.model.to("cuda"))
+    for plan in (Plan("vmap"), Plan("vmap", memory="recompute")):
+        grads, found = meta_gradient(moved, move(meta, "cuda"), move(tasks, "cuda"), plan)
+        assert all(leaf.is_cuda for leaf in pytree.tree_leaves((grads, found)))
+        assert relative(move(grads, "cpu"), exact) < 1e-8, plan
+        assert relative(move(found.task_loss, "cpu"), scores.task_loss) < 1e-8, plan
 
 
 def test_a_run_resumes_on_the_gpu(tmp_path: Path) -> None:

@@ -3,29 +3,34 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from experiments import omniglot, sinusoid
-from tests.conftest import convolutional, dense, flat
-from toolkit import Batch, Learner, Meta, Plan, Task, UserError, algorithms, evaluate, train
+from tests.conftest import convolutional, dense, flat, named
+from toolkit import Batch, Learner, Meta, Outer, Plan, Task, UserError, algorithms, evaluate, train
+from toolkit.data.bank import ClassBank
 from toolkit.experiment import _better, _plan, _stop_signals, run
 from toolkit.files import replace as replace_file
-from toolkit.flags import launch
+from toolkit.flags import build, launch, settings
 from toolkit.metrics import squared_error
 from toolkit.models import mlp
+from toolkit.objectives import Implicit
+from toolkit.rules import SGD, Adam, Clip, Frozen, Groups, Proximal
 from toolkit.runs import checkpoint
-from toolkit.runs.folder import Run, config_hash, prepare, write_json
+from toolkit.runs.folder import LATER, Run, config_hash, prepare, write_json
 from toolkit.runs.journal import ROWS, Journal
-from toolkit.samplers import Sinusoid
+from toolkit.samplers import AllClasses, Episodes, Sinusoid
 from toolkit.task import move
 from toolkit.train import Record
 
@@ -247,7 +252,7 @@ def test_flags_and_model_decide_the_plan(tmp_path: Path) -> None:
     assert plan(compile=True) == Plan("vmap", chunk=32, compile=True)
 
 
-@pytest.mark.parametrize("policy", ["batch", "support", "none"])
+@pytest.mark.parametrize("policy", ["batch", "support", "per_step", "per_step_batch", "none"])
 def test_the_summary_follows_from_curve_and_learner(tmp_path: Path, policy: str) -> None:
     batch_norm = {} if policy == "none" else {"batch_norm": policy}
     network = convolutional(lambda c: nn.GroupNorm(1, c)) if policy == "none" else convolutional()
@@ -261,7 +266,7 @@ def test_the_summary_follows_from_curve_and_learner(tmp_path: Path, policy: str)
         assert summary["test"][key] == pytest.approx(values.tolist(), abs=1e-6), key
     assert (summary["test"]["tasks"], summary["test"]["steps"]) == (9, [0, 1, 2, 3])
     assert summary["batch_norm"] == ("no batch norm" if policy == "none" else policy)
-    assert summary["transductive"] == (policy == "batch")
+    assert summary["transductive"] == (policy in ("batch", "per_step_batch"))
     assert summary["cost"]["adapted_parameters"] == 12 * 2 + 2
     assert summary["cost"]["parameters"] == sum(p.numel() for p in network.parameters())
     assert (summary["algorithm"], summary["inner_steps"], summary["chance"]) == ("anil", 1, None)
@@ -449,9 +454,9 @@ def test_a_stopped_run_saves_exits_and_ends_like_the_unbroken_one(
     number: signal.Signals, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     flags, learner = config(tmp_path / "broken"), regression()
-    # Task 17 of the sampler's life: three are drawn to choose the plan, then three for each of the iterations 1 to 5.
+    # Task 19 of the sampler's life: two to rehearse, three to choose the plan, then three for each of the iterations 1 to 5.
     with caplog.at_level(logging.INFO, "toolkit"), pytest.raises(SystemExit) as stop:
-        run(flags, "sinusoid", learner, Stopping(17, number), VALIDATION, TEST)
+        run(flags, "sinusoid", learner, Stopping(19, number), VALIDATION, TEST)
     assert stop.value.code == 128 + number
     assert "stopped after iteration 5; the same command with --resume goes on" in caplog.text
     loaded = checkpoint.load_newest(tmp_path / "broken" / "checkpoints")
@@ -488,3 +493,255 @@ def test_a_resume_trains_on_the_device_of_the_flags(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("toolkit.experiment.move", spy)
     run(replace(flags, resume=True), "x", regression(), TRAINING, VALIDATION, TEST)
     assert any(isinstance(tree, dict) and set(tree) == set(Meta._fields) for tree in moved)
+
+
+# Methods that the harness treats apart.
+
+
+def vectors(seed: int) -> ClassBank:
+    """Five classes of points with three coordinates, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(5, 3, generator=generator, dtype=torch.float64).repeat_interleave(12, 0)
+    items = centres + 0.5 * torch.randn(60, 3, generator=generator, dtype=torch.float64)
+    return ClassBank(items, torch.arange(6) * 12, tuple("abcde"), f"points {seed}")
+
+
+EPISODES = [Episodes(vectors(seed), ways=2, shots=2, queries=4) for seed in (1, 2, 3)]
+CLASSES = AllClasses(vectors(1), queries=12)
+
+
+def metas(flags: sinusoid.Config, learner: Learner, training: Any) -> list[Meta]:
+    """The meta-parameters after each iteration of the whole training."""
+    records = train(learner, training, flags.iterations, flags.tasks, flags.meta_lr, flags.seed)
+    return [pytree.tree_map(torch.clone, record.meta) for record in records]
+
+
+def loaded(folder: Path) -> tuple[Meta, dict[str, Any]]:
+    found = checkpoint.load_newest(folder / "checkpoints")
+    assert found is not None
+    return found
+
+
+def untimed(record: Run) -> list[dict[str, float]]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in record.metrics]
+
+
+@pytest.mark.parametrize("method", ["fine_tune", "linear_probe"])
+def test_a_pretrained_method_trains_its_pretrain_and_is_judged_by_itself(tmp_path: Path, method: str) -> None:
+    flags = config(tmp_path / "run", meta_lr=0.05)
+    learner = algorithms.METHODS[method](named(), classes=5, inner_lr=0.1)
+    record = run(flags, "points", learner, *EPISODES, pretraining=CLASSES)
+    assert learner.pretrain is not None and learner.pretrain.name == f"{method} pretraining"
+    trained = metas(flags, learner.pretrain, CLASSES)
+    weights, state = loaded(tmp_path / "run")
+    assert torch.equal(flat(state["meta"]), flat(trained[-1]._asdict()))
+    assert state["meta"]["params"]["head.weight"].shape == (5, 4)
+    rows = validations(record)
+    assert [row["iteration"] for row in rows] == [3, 6, 7]
+    for row in rows:
+        own = learner.inherit(trained[int(row["iteration"]) - 1])
+        curve = evaluate(learner, own, EPISODES[1], 10, 3, flags.eval_seed, "val")  # after the steps of the test: it has none
+        assert (row["val_metric"], row["val_loss"]) == (float(curve.mean()[-1]), float(curve.mean(curve.loss)[-1]))
+    best = learner.inherit(trained[int(record.summary["selected"]["iteration"]) - 1])
+    assert torch.equal(flat(weights), flat(best)) and weights.params["head.weight"].shape == (2, 4)
+    assert torch.equal(
+        weights.params["body.weight"], trained[int(record.summary["selected"]["iteration"]) - 1].params["body.weight"]
+    )
+    assert torch.equal(record.curve.loss, evaluate(learner, best, EPISODES[2], 6, 3).loss)
+    assert record.curve.loss[:, 0].tolist() == pytest.approx([0.6931471805599453] * 6), "a new head guesses"
+    assert bool((record.curve.loss[:, 3] < record.curve.loss[:, 0]).all())
+    assert (record.summary["algorithm"], record.summary["inner_steps"]) == (method, 0)
+
+
+@pytest.mark.parametrize("method", ["fine_tune", "maml_plus_plus", "reptile", "metal"])
+def test_a_run_of_any_kind_that_was_cut_off_ends_like_the_unbroken_one(tmp_path: Path, method: str) -> None:
+    learner = algorithms.build(method, named(), 5, inner_lr=0.1, **{"inner_steps": 2} if method != "fine_tune" else {})
+    whole, broken = (config(tmp_path / name, iterations=8, validate_every=4, meta_lr=0.03) for name in ("whole", "broken"))
+    expected = run(whole, "points", learner, *EPISODES, pretraining=CLASSES)
+    run(broken, "points", learner, *EPISODES, pretraining=CLASSES)
+    shutil.rmtree(tmp_path / "broken" / "checkpoints" / "step-00000008")
+    assert loaded(tmp_path / "broken")[1]["iteration"] == 4
+    (tmp_path / "broken" / "summary.json").unlink()
+    (tmp_path / "broken" / "curve.json").unlink()
+    found = run(replace(broken, resume=True), "points", learner, *EPISODES, pretraining=CLASSES)
+    assert torch.equal(found.curve.loss, expected.curve.loss) and untimed(found) == untimed(expected)
+    assert found.summary["selected"] == expected.summary["selected"]
+    states = [loaded(tmp_path / name) for name in ("broken", "whole")]
+    assert torch.equal(flat(states[0][0]), flat(states[1][0]))
+    assert torch.equal(flat(states[0][1]["meta"]), flat(states[1][1]["meta"]))
+
+
+def test_a_pretrained_method_without_pretraining_tasks_is_refused(tmp_path: Path) -> None:
+    learner = algorithms.fine_tune(named(), classes=5, inner_lr=0.1)
+    with pytest.raises(
+        UserError, match=r"^fine_tune pretrains on all training classes, but this experiment has none"
+    ) as caught:
+        run(config(tmp_path / "run"), "points", learner, *EPISODES)
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_per_step_batch_norm_is_measured_saved_and_said(tmp_path: Path) -> None:
+    short = asdict(config(tmp_path / "run"))
+    flags = omniglot.Config(**{key: short[key] for key in short if key not in ("sampler", "model")})
+    learner = algorithms.maml_plus_plus(convolutional(), inner_lr=0.1, inner_steps=2)
+    record = run(flags, "images", learner, images, images, images)
+    assert (record.summary["batch_norm"], record.summary["transductive"]) == ("per_step", False)
+    assert flags.batch_norm is None and record.config["batch_norm"] == "per_step"
+    weights, state = loaded(tmp_path / "run")
+    assert set(weights.stats) == {f"point{k}/1.running_{kind}" for k in range(3) for kind in ("mean", "var")}
+    assert all(tensor.shape == (3,) and tensor.any() for tensor in weights.stats.values())
+    assert not state["meta"]["stats"], "statistics are measured for what is judged, never trained"
+    assert {f"norm{k}/1.{kind}" for k in range(3) for kind in ("weight", "bias")} < set(weights.learned)
+    assert torch.equal(evaluate(learner, weights, images, 6, 3).loss, record.curve.loss)
+    again = run(replace(flags, resume=True), "images", learner, images, images, images)
+    assert torch.equal(again.curve.loss, record.curve.loss)
+
+
+@pytest.mark.parametrize("method", ["meta_sgd", "maml_plus_plus", "maml"])
+def test_learned_rates_are_written_beside_each_validation(tmp_path: Path, method: str) -> None:
+    shared = {"loss": squared_error, "metric": squared_error, "inner_lr": 0.01, "inner_steps": 2}
+    flags, learner = config(tmp_path / "run", meta_lr=0.01), algorithms.METHODS[method](mlp((1, 6, 1)), **shared)
+    record = run(flags, "sinusoid", learner, TRAINING, VALIDATION, TEST)
+    rows = [row for row in record.metrics if any(key.startswith("rate/") for key in row)]
+    if method == "maml":
+        assert not rows
+        return
+    assert [row["iteration"] for row in rows] == [3, 6, 7]
+    tensors = [name for name, _ in mlp((1, 6, 1)).named_parameters()]
+    steps = [f"step{k}/" for k in range(2)] if method == "maml_plus_plus" else [""]
+    names = [f"{step}lr/{name}" for step in steps for name in tensors]
+    for row, meta in zip(rows, [metas(flags, learner, TRAINING)[i - 1] for i in (3, 6, 7)], strict=True):
+        assert row == {"iteration": row["iteration"]} | {f"rate/{name}": float(meta.learned[name].mean()) for name in names}
+    assert rows[0]["rate/" + names[0]] != rows[1]["rate/" + names[0]]
+
+
+# From flags to a learner.
+
+
+def learner_of(**flags: Any) -> Learner:
+    return build(sinusoid.Config(**flags), mlp((1, 6, 1)), loss=squared_error, metric=squared_error)
+
+
+def test_settings_of_a_method_reach_its_learner() -> None:
+    learner = learner_of(algorithm="imaml", method=("lam=0.5", "cg_steps=3"))
+    assert learner.objective == Implicit(0.5, 3, 0.0) and learner.rule == Proximal(SGD(0.01), 0.5)
+    plain = learner_of(algorithm="imaml")
+    assert plain.objective == Implicit(2.0, 5, 0.0) and plain.rule == Proximal(SGD(0.01), 2.0)
+    assert learner_of(algorithm="cavia", method=("context=7",)).init().params["body.layer0.context"].shape == (7,)
+    adapters = learner_of(algorithm="lora_maml", method=("rank=2", "peft=False")).init().params
+    assert {tuple(p.shape) for name, p in adapters.items() if "lora_A" in name} == {(2, 1), (2, 6)}
+
+
+@pytest.mark.parametrize(
+    ("name", "pairs", "found"),
+    [
+        ("imaml", ("lam=0.5", "cg_steps=3"), {"lam": 0.5, "cg_steps": 3}),
+        ("lora_maml", ("layers=body*", "peft=False"), {"layers": "body*", "peft": False}),
+        ("cavia", ("layer=None",), {"layer": None}),
+        ("lora_maml", ("layers=('a', 'b=c')",), {"layers": ("a", "b=c")}),
+        ("maml", (), {}),
+    ],
+)
+def test_settings_are_read_as_python_values_or_as_text(name: str, pairs: tuple[str, ...], found: dict[str, Any]) -> None:
+    assert settings(name, pairs) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "pair", "sentence"),
+    [
+        ("imaml", "lamb=0.5", r"^--method lamb=0\.5: imaml takes lam, cg_steps, damping, as key=value$"),
+        ("imaml", "lam", "^--method lam: imaml takes lam, cg_steps, damping, as key=value$"),
+        ("imaml", "inner_lr=0.1", "^--method inner_lr=0.1: imaml takes lam"),
+        ("maml", "lam=0.5", r"^--method lam=0\.5: maml takes none$"),
+        ("fine_tune", "classes=7", "^--method classes=7: fine_tune takes none$"),
+        ("mamml", "lam=0.5", "^unknown algorithm 'mamml'"),
+    ],
+)
+def test_settings_that_a_method_does_not_have_are_refused(name: str, pair: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        learner_of(algorithm=name, method=(pair,))
+    with pytest.raises(UserError, match=sentence):
+        settings(name, (pair,))
+
+
+def test_the_order_of_the_flags_is_that_of_the_learner() -> None:
+    assert learner_of(inner_steps=3).order is None
+    assert learner_of(inner_steps=3, order="first").order == 0
+    assert learner_of(inner_steps=3, order="truncated:2").order == 2
+    annealed = learner_of(inner_steps=3, order="annealed:0.4")
+    assert [annealed.at(progress).order for progress in (0, 0.39, 0.4, 1)] == [0, 0, None, None] and annealed.order is None
+    implicit = learner_of(inner_steps=3, order="implicit")
+    assert (implicit.order, implicit.objective, implicit.rule) == (0, Implicit(), Proximal(SGD(0.01)))
+    assert learner_of(algorithm="fomaml").order == 0 and learner_of(algorithm="fomaml", order="second").order is None
+
+
+def test_rule_inner_batch_and_clips_of_the_flags_are_those_of_the_learner() -> None:
+    assert learner_of().rule == SGD(0.01) and learner_of().batch is None
+    assert learner_of(rule="adam 1e-3").rule == Adam(1e-3)
+    groups = learner_of(rule="head: sgd 0.2 learned; rest: frozen").rule
+    assert isinstance(groups, Groups) and groups.rules == (("*head*", SGD(0.2, learn="tensor")), ("*", Frozen()))
+    assert learner_of(inner_batch=4).batch == 4
+    assert learner_of(inner_clip=1.5).rule == Clip(SGD(0.01), 1.5)
+    assert learner_of(rule="adam 1e-3", inner_clip=2.0).rule == Clip(Adam(1e-3), 2.0)
+
+
+def test_the_outer_loop_of_the_flags_takes_the_place_of_the_methods_own_field_by_field() -> None:
+    assert learner_of().outer == Outer()
+    chosen = {"meta_optimizer": "sgd", "meta_schedule": "cosine", "meta_clip": 0.5}
+    assert learner_of(**chosen).outer == Outer("sgd", "cosine", 0.5)
+    assert learner_of(algorithm="reptile").outer == Outer("sgd", "linear")
+    assert learner_of(algorithm="reptile", meta_clip=0.5).outer == Outer("sgd", "linear", 0.5)
+    assert learner_of(algorithm="reptile", meta_schedule="constant").outer == Outer("sgd", "constant")
+    assert learner_of(algorithm="maml_plus_plus", meta_optimizer="adam").outer == Outer("adam", "cosine")
+
+
+def test_batch_norm_and_head_of_the_flags_are_those_of_the_learner() -> None:
+    def policy(**flags: Any) -> str:
+        return build(omniglot.Config(**flags), convolutional()).batch_norm
+
+    assert (policy(), policy(batch_norm="support")) == ("batch", "support")
+    assert (policy(algorithm="maml_plus_plus"), policy(algorithm="maml_plus_plus", batch_norm="batch")) == ("per_step", "batch")
+    assert build(omniglot.Config(algorithm="anil", head="5"), convolutional()).adapted_names == ("5.weight", "5.bias")
+
+
+def test_label_orders_change_the_test_of_a_learner_that_depends_on_them_and_are_recorded(tmp_path: Path) -> None:
+    learner = algorithms.maml(named(), inner_lr=0.3)
+    once, thrice = (run(config(tmp_path / str(n), permutations=n), "points", learner, *EPISODES, chance=0.5) for n in (1, 3))
+    assert (once.config["permutations"], thrice.config["permutations"]) == (1, 3)
+    assert once.summary["config_hash"] != thrice.summary["config_hash"]
+    assert torch.equal(flat(loaded(tmp_path / "1")[0]), flat(loaded(tmp_path / "3")[0])), "training is the same"
+    assert once.summary["task_list_hash"] == thrice.summary["task_list_hash"]
+    assert not torch.allclose(once.curve.loss, thrice.curve.loss)
+    expected = evaluate(learner, loaded(tmp_path / "3")[0], EPISODES[2], 6, 3, permutations=3)
+    assert torch.equal(thrice.curve.loss, expected.loss)
+    even = algorithms.protonet(named())
+    pair = [run(config(tmp_path / f"even{n}", permutations=n), "points", even, *EPISODES) for n in (1, 3)]
+    assert torch.allclose(pair[0].curve.loss, pair[1].curve.loss)
+
+
+# Files of the first version, which had neither the later flags nor statistics.
+
+
+def test_a_run_of_the_first_version_goes_on(tmp_path: Path) -> None:
+    def flags(name: str, **changes: Any) -> omniglot.Config:
+        short = asdict(config(tmp_path / name, iterations=8, validate_every=4))
+        return omniglot.Config(**{key: short[key] for key in short if key not in ("sampler", "model")} | changes)
+
+    learner = algorithms.maml(convolutional(), inner_lr=0.1)
+    expected = run(flags("whole"), "images", learner, images, images, images)
+    run(flags("old"), "images", learner, images, images, images)
+    folder = tmp_path / "old"
+    shutil.rmtree(folder / "checkpoints" / "step-00000008")
+    recorded = Run(folder).config
+    assert recorded["batch_norm"] == "batch" and LATER.keys() <= recorded.keys()
+    write_json(folder / "config.json", {key: value for key, value in recorded.items() if key not in LATER})
+    weights, state = loaded(folder)
+    shutil.rmtree(folder / "checkpoints")
+    state["meta"] = {part: state["meta"][part] for part in ("params", "learned")}
+    checkpoint.save(folder / "checkpoints", 4, weights, state, config_hash(Run(folder).config))
+    with pytest.raises(UserError, match="was made with --order None, not first; resume with the same flags") as caught:
+        run(flags("old", resume=True, order="first"), "images", learner, images, images, images)
+    assert "\n" not in str(caught.value)
+    found = run(flags("old", resume=True), "images", learner, images, images, images)
+    assert torch.equal(found.curve.loss, expected.curve.loss) and untimed(found) == untimed(expected)
+    assert found.summary["config_hash"] == expected.summary["config_hash"]

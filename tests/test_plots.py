@@ -1,6 +1,8 @@
 """The figures of a run, checked by the numbers drawn: line data, bands, positions, texts, scales; never pixels."""
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,17 @@ from matplotlib.path import Path as Path2D
 from safetensors.torch import save_file
 from torch import Tensor
 
-from toolkit.errors import UserError
+from experiments.compare_algorithms import FAMILIES
+from toolkit import Learner, UserError, algorithms
+from toolkit.models import conv4, mlp
 from toolkit.plots import figures
+from toolkit.plots.comparison import comparison
 from toolkit.plots.frame import moving_mean
+from toolkit.plots.rates import learned_rates
 from toolkit.plots.save import draw_run, save
+from toolkit.rule_line import parse
 from toolkit.runs.folder import Run
+from toolkit.runs.journal import rates
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -375,3 +383,180 @@ def test_the_numbers_in_the_plot_cover_no_curve_and_no_other_number(tmp_path: Pa
 def test_a_number_changes_side_where_the_curve_is_in_its_way(tmp_path: Path) -> None:
     flat, rising = (figures.adaptation([make(tmp_path / shape, SHAPES[shape])]).axes[0] for shape in ("saturating", "rising"))
     assert texts(flat)["91.0 ± 0.4"].xyann[1] < 0 < texts(rising)["80.0 ± 0.4"].xyann[1]
+
+
+TITLE = "omniglot-20w1s: 1,000 iterations, 3 seeds, 600 test tasks"
+ALL = [method for names in FAMILIES.values() for method in names]
+
+
+def compared(methods: Sequence[str] = ALL, metric: str = "accuracy", **changed: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of a comparison with curves that differ, `changed` by method; accuracy rises, an error falls."""
+    found = []
+    for i, method in enumerate(methods):
+        end = (0.5 + 0.02 * i) if metric == "accuracy" else 0.1 * (i + 1)
+        mean = [end + ((0.2 if metric == "accuracy" else 4.0) - end) * math.exp(-k) for k in range(11)]
+        row = {"method": method, "metric": metric, "mean": mean, "ci95": [0.01] * 11, "trained_steps": i % 6}
+        found.append(row | {"chance": 0.2 if metric == "accuracy" else None} | changed.get(method, {}))
+    return found
+
+
+def panels(figure: Figure) -> dict[str, Axes]:
+    """The panels by their family."""
+    return {axes.get_legend().get_title().get_text(): axes for axes in figure.axes if axes.get_visible()}
+
+
+def named(axes: Axes) -> list[str]:
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def drawn(axes: Axes, name: str) -> list[Any]:
+    return [line for line in axes.get_lines() if line.get_label() == name]
+
+
+def assert_tidy(figure: Figure) -> None:
+    """No box of text or axes touches another or leaves the figure, no text is small, and the axes keep their room."""
+    figure.draw_without_rendering()
+    shown = [axes for axes in figure.axes if axes.get_visible()]
+    legends = [box for box in (axes.get_legend() for axes in shown) if box]
+    boxes = [axes.get_window_extent() for axes in shown] + [box.get_window_extent() for box in (*legends, *figure.legends)]
+    boxes += [axes.xaxis.label.get_window_extent() for axes in shown if axes.get_xlabel()]
+    boxes += [axes.yaxis.label.get_window_extent() for axes in shown if axes.get_ylabel()]
+    boxes.append(figure._suptitle.get_window_extent())
+    for i, box in enumerate(boxes):
+        assert not [other for other in boxes[:i] if box.overlaps(other)]
+    for box in boxes + [axes.get_tightbbox() for axes in shown]:
+        assert figure.bbox.x0 - 0.5 <= box.x0 and box.x1 <= figure.bbox.x1 + 0.5
+        assert figure.bbox.y0 - 0.5 <= box.y0 and box.y1 <= figure.bbox.y1 + 0.5
+    assert min(axes.get_window_extent().height for axes in shown) > 80
+    assert min(text.get_fontsize() for text in figure.findobj(matplotlib.text.Text)) >= 8
+
+
+def test_a_comparison_has_a_panel_per_family_and_names_every_method_once() -> None:
+    found = panels(comparison(compared(), FAMILIES, TITLE))
+    assert {family: tuple(named(axes)) for family, axes in found.items()} == FAMILIES
+    for family, axes in found.items():
+        for i, method in enumerate(ALL):
+            curves = [line.get_ydata() for line in (drawn(axes, method) or drawn(axes, "other"))]
+            expected = 100 * np.array(compared()[i]["mean"])
+            assert sum(np.allclose(curve, expected) for curve in curves) == 1, "every curve is in every panel, once"
+        assert len(drawn(axes, "other")) == len(ALL) - len(FAMILIES[family])
+        assert {(line.get_color(), line.get_linestyle()) for line in drawn(axes, "other")} == {("0.75", "-")}
+        bold = [drawn(axes, method)[0] for method in FAMILIES[family]]
+        assert len({(line.get_color(), line.get_marker()) for line in bold}) == len(bold)
+        assert min(line.get_zorder() for line in bold) >= max(line.get_zorder() for line in drawn(axes, "other"))
+
+
+def test_a_comparison_of_accuracy_is_in_percent_with_chance_rings_and_bands() -> None:
+    figure = comparison(compared(["maml", "anil"]), FAMILIES, TITLE)
+    (first, second) = panels(figure).values()
+    assert list(panels(figure)) == ["MAML and its order", "a part adapts"]
+    assert (first.get_ylabel(), second.get_ylabel(), first.get_yscale()) == ("test accuracy (%)", "", "linear")
+    assert [axes.get_xlabel() for axes in (first, second)] == ["inner steps"] * 2
+    for axes in (first, second):
+        assert [line.get_ydata()[0] for line in drawn(axes, "chance")] == [20]
+    (ring,) = drawn(second, "ring")
+    assert (ring.get_xdata()[0], ring.get_ydata()[0]) == (1, pytest.approx(100 * compared()[1]["mean"][1]))
+    assert not drawn(first, "anil") and drawn(first, "ring")[0].get_xdata()[0] == 0
+    band = first.collections[0].get_paths()[0].vertices
+    assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx((19, 100 * compared()[0]["mean"][-1] + 1))
+    assert legend(figure) == ["other methods", "steps in training", "chance, 20 %"]
+    assert figure.get_suptitle() == TITLE
+
+
+def test_a_comparison_of_errors_is_on_a_log_axis_that_what_diverges_does_not_stretch() -> None:
+    diverging = {"mean": [4.0, 1.0, 50.0, 1e4, 1e9] + [None] * 6, "ci95": [None] * 11, "trained_steps": 6}
+    touching = {"ci95": [0.3 - 1e-9] * 11, "mean": [0.3] * 11}
+    figure = comparison(compared(metric="squared error", maml=diverging, anil=touching), FAMILIES, TITLE)
+    found = panels(figure)
+    for axes in found.values():
+        assert axes.get_yscale() == "log" and not drawn(axes, "chance")
+        low, high = axes.get_ylim()
+        assert 0.1 < low < 0.2 and 40 <= high < 100
+    assert found["MAML and its order"].get_ylabel() == "test squared error"
+    own = FAMILIES["MAML and its order"]
+    assert len(drawn(found["MAML and its order"], "ring")) == len(own) - 1, "no ring where nothing is finite"
+    assert legend(figure) == ["other methods", "steps in training"]
+    np.testing.assert_allclose(drawn(found["MAML and its order"], "maml")[0].get_ydata()[4:], [1e9] + [np.nan] * 6)
+    assert_tidy(figure)
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "squared error"])
+@pytest.mark.parametrize("count", [1, 2, 7, 11, len(ALL)])
+def test_nothing_in_a_comparison_overlaps_or_leaves_the_figure(count: int, metric: str) -> None:
+    assert_tidy(comparison(compared(ALL[:count], metric), FAMILIES, TITLE))
+
+
+def test_a_comparison_of_curves_without_any_number_is_drawn_all_the_same() -> None:
+    nothing = {"mean": [None] * 11, "ci95": [None] * 11}
+    for metric in ("accuracy", "squared error"):
+        assert_tidy(comparison(compared(["maml"], metric, maml=nothing), FAMILIES, TITLE))
+
+
+def test_a_comparison_of_unknown_methods_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^no row of the comparison belongs to a family; the rows are mine, yours$"):
+        comparison(compared(["mine", "yours"]), FAMILIES, TITLE)
+
+
+def learning(path: Path, learner: Learner, rows: int = 4) -> tuple[Run, dict[str, float]]:
+    """A run whose learned rates go up by their number, and how they start."""
+    start = rates(learner.init())
+    run = make(path, SQUARED, algorithm=learner.name, sampler="toy")
+    grown = [{"iteration": 100 * n} | {key: r + n * i for i, (key, r) in enumerate(start.items())} for n in range(1, rows + 1)]
+    with open(path / "metrics.jsonl", "a") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in grown))
+    return Run(run.path), start
+
+
+def test_rates_of_tensors_have_a_line_each(tmp_path: Path) -> None:
+    run, start = learning(tmp_path / "run", algorithms.meta_sgd(mlp(), inner_lr=0.4))
+    figure = learned_rates(run)
+    (axes,) = figure.axes
+    names = ["body.layer0.weight", "body.layer0.bias", "body.layer1.weight", "body.layer1.bias", "head.weight", "head.bias"]
+    assert legend(figure) == names == [key.removeprefix("rate/lr/") for key in start]
+    for i, name in enumerate(names):
+        np.testing.assert_allclose(line(axes, name), [[100 * n, 0.4 + n * i] for n in (1, 2, 3, 4)], rtol=1e-6)
+    assert len({tuple(drawn(axes, name)[0].get_color()) for name in names}) == 6
+    assert not drawn(axes, "thin")
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("iteration", "learned inner rate")
+    assert figure.get_suptitle() == "meta_sgd on toy\nlearned inner rates"
+    assert_tidy(figure)
+
+
+def test_rates_of_steps_are_thin_around_their_mean(tmp_path: Path) -> None:
+    run, _ = learning(tmp_path / "run", algorithms.maml_plus_plus(mlp(), inner_lr=0.1, inner_steps=3))
+    figure = learned_rates(run)
+    (axes,) = figure.axes
+    assert legend(figure) == [f"step {k}, mean of 6 tensors" for k in range(3)]
+    for k in range(3):
+        np.testing.assert_allclose(line(axes, f"step {k}")[:, 1], [0.1 + n * (6 * k + 2.5) for n in (1, 2, 3, 4)], rtol=1e-6)
+        assert [thin.get_ydata()[0] for thin in drawn(axes, "thin")[6 * k : 6 * k + 6]] == pytest.approx(
+            [0.1 + 6 * k + i for i in range(6)]
+        )
+    assert_tidy(figure)
+
+
+def test_rates_of_many_tensors_are_drawn_by_the_part_of_the_model(tmp_path: Path) -> None:
+    figure = learned_rates(learning(tmp_path / "run", algorithms.meta_sgd(conv4(5)))[0])
+    blocks = [f"body.block{i}, mean of 4 tensors" for i in range(4)]
+    assert legend(figure) == [*blocks, "head.weight", "head.bias"]
+    assert len(figure.axes[0].get_lines()) == 18 + 4
+    assert_tidy(figure)
+
+
+def test_rates_of_groups_are_told_apart_by_step_where_they_have_steps(tmp_path: Path) -> None:
+    rule = parse("head: sgd 0.4 learned per-step=2; rest: sgd 0.1 learned")
+    figure = learned_rates(learning(tmp_path / "run", algorithms.maml(mlp(), rule=rule, inner_steps=2))[0])
+    tensors = [f"body.layer{i}.{kind}" for i in (0, 1) for kind in ("weight", "bias")]
+    assert legend(figure) == ["step 0, mean of 2 tensors", "step 1, mean of 2 tensors", *tensors]
+
+
+def test_a_single_row_of_rates_is_a_point_and_none_is_refused(tmp_path: Path) -> None:
+    run, _ = learning(tmp_path / "one", algorithms.meta_sgd(mlp()), rows=1)
+    assert {drawn.get_marker() for drawn in learned_rates(run).axes[0].get_lines()} == {"o"}
+    with pytest.raises(UserError, match=r"none has no learned inner rates; they are learned by methods such as meta_sgd"):
+        learned_rates(make(tmp_path / "none", SQUARED))
+
+
+def test_draw_run_draws_the_rates_of_a_run_that_has_them(tmp_path: Path) -> None:
+    run, _ = learning(tmp_path / "run", algorithms.meta_sgd(mlp()))
+    assert {path.name for path in draw_run(run.path)} >= {"rates.png", "rates.pdf"}

@@ -1,10 +1,12 @@
 """The committed results: whole, redrawable, and quoted as they are."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from experiments.tools.results_table import REFERENCE, RUNS, SHORT, table
+from experiments.tools.results_table import COMPARISONS, REFERENCE, RUNS, SHARED_MODEL, SHORT, comparison, shared_model, table
 from toolkit.runs.folder import Run, config_hash
 
 ROOT = Path(__file__).parent.parent
@@ -27,5 +29,28 @@ def test_every_reference_run_is_whole(folder: str) -> None:
         assert (REFERENCE / folder / name).exists()
 
 
+@pytest.mark.parametrize("folder", COMPARISONS)
+def test_every_comparison_is_the_one_of_its_runs(folder: str) -> None:
+    """The committed rows are the means over seeds of the committed summaries, and the tables are made of them."""
+    place = REFERENCE / folder
+    rows = json.loads((place / "comparison.json").read_text())["rows"]
+    for row in rows:
+        summaries = [Run(place / f"{row['method']}-seed{seed}").summary for seed in range(row["seeds"])]
+        assert len({summary["task_list_hash"] for summary in summaries}) == 1
+        means = np.mean([summary["test"]["mean"] for summary in summaries], axis=0)
+        if all(value == 1 for summary in summaries for value in summary["test"]["finite"]):
+            assert row["mean"] == pytest.approx(means.tolist(), abs=2e-6, rel=1e-5)
+        for seed in range(row["seeds"]):
+            run = Run(place / f"{row['method']}-seed{seed}")
+            assert run.summary["config_hash"] == config_hash(run.config) and row["method"].startswith(run.config["algorithm"])
+    assert comparison(folder) == (place / "table.md").read_text().strip()
+    assert comparison(folder) in (ROOT / "results" / "README.md").read_text()
+
+
+def test_the_shared_model_is_quoted_as_it_ran() -> None:
+    assert shared_model() in (ROOT / "results" / "README.md").read_text()
+
+
 def test_nothing_unlisted_is_committed() -> None:
-    assert sorted(path.name for path in REFERENCE.iterdir() if path.is_dir()) == sorted(RUNS)
+    listed = {*RUNS, *COMPARISONS, SHARED_MODEL}
+    assert {path.name for path in REFERENCE.iterdir() if path.is_dir()} == listed

@@ -1,11 +1,13 @@
 """Run folders and checkpoints: what survives, what is noticed, what is refused."""
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -13,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 
+from experiments import omniglot
 from tests.conftest import dense, flat
 from toolkit import Meta, UserError, algorithms
 from toolkit.runs import checkpoint
-from toolkit.runs.folder import Run, config_hash, prepare
+from toolkit.runs.folder import LATER, NOT_HASHED, Run, config_hash, prepare, write_json
 
 META = algorithms.maml(dense()).init()
 STATE: dict[str, Any] = {"iteration": 7, "meta": META._asdict(), "optimizer": {"state": {}, "param_groups": []}}
@@ -205,3 +208,81 @@ def test_ctrl_c_saves_and_says_how_to_resume(tmp_path: Path) -> None:
     _, errors = process.communicate()
     assert process.returncode == 130 and "--resume goes on" in errors and "Traceback" not in errors
     assert checkpoint.load_newest(tmp_path / "run" / "checkpoints") is not None
+
+
+# The flags of a run of the first version, and the identity that its summary.json and checkpoints carry.
+FIRST: dict[str, Any] = {
+    "experiment": "omniglot", "algorithm": "maml", "sampler": "omniglot-vinyals", "model": "conv4", "shots": 1, "queries": 1,
+    "eval_queries": 1, "inner_lr": 0.4, "inner_steps": 1, "meta_lr": 0.001, "tasks": 32, "iterations": 15000, "val_tasks": 200,
+    "validate_every": 500, "eval_tasks": 1000, "eval_steps": 10, "eval_seed": 0, "seed": 0, "device": "cpu", "map": "auto",
+    "chunk": None, "memory": "unroll", "compile": True, "out": None, "resume": False, "overwrite": False, "debug": False,
+    "preset": "default", "ways": 5, "batch_norm": "batch", "data_root": "data", "download": False,
+}  # fmt: skip
+IDENTITY = "31cb7d3d4857f3b2"
+
+
+def now(**changes: Any) -> dict[str, Any]:
+    """What config.json holds today for the same flags, the policy of the learner put in by the harness."""
+    flags = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(omniglot.Config()).items()}
+    return {"experiment": "omniglot"} | flags | {"batch_norm": "batch"} | changes
+
+
+def first_run(folder: Path) -> Path:
+    folder.mkdir()
+    write_json(folder / "config.json", FIRST)
+    return folder
+
+
+def test_the_identity_of_a_run_of_the_first_version_is_that_of_the_same_flags_now() -> None:
+    assert config_hash(FIRST) == IDENTITY == config_hash(now())
+    assert now().keys() - FIRST.keys() <= LATER.keys() | set(NOT_HASHED), "a new flag belongs into LATER"
+    assert all(now()[key] == LATER[key] or list(now()[key]) == LATER[key] for key in LATER)
+
+
+def test_a_run_of_the_first_version_is_resumed_with_the_same_flags(tmp_path: Path) -> None:
+    prepare(first_run(tmp_path / "run"), now(resume=True, out="there"), resume=True, overwrite=False)
+    found = Run(tmp_path / "run").config
+    assert config_hash(found) == IDENTITY and LATER.keys() <= found.keys()
+    prepare(tmp_path / "run", now(), resume=True, overwrite=False)
+
+
+OTHERS: dict[str, Any] = {
+    "order": "first", "method": ("lam=1",), "rule": "adam 0.1", "inner_batch": 1, "inner_clip": 1.0, "head": "top",
+    "meta_optimizer": "sgd", "meta_schedule": "cosine", "meta_clip": 1.0, "permutations": 3, "backend": "learn2learn",
+    "train_shots": 5,
+}  # fmt: skip
+
+
+def test_every_later_flag_has_another_value_here() -> None:
+    assert OTHERS.keys() == LATER.keys()
+
+
+@pytest.mark.parametrize("name", [*OTHERS, "batch_norm"])
+def test_a_run_of_the_first_version_is_not_resumed_with_another_flag(name: str, tmp_path: Path) -> None:
+    changed = now(**{name: OTHERS.get(name, "support")})
+    assert config_hash(changed) != IDENTITY
+    folder = first_run(tmp_path / "run")
+    flag = "--" + name.replace("_", "-")
+    with pytest.raises(
+        UserError, match=f"was made with {flag} .*; resume with the same flags, or choose another --out"
+    ) as caught:
+        prepare(folder, changed, resume=True, overwrite=False)
+    assert "\n" not in str(caught.value)
+    assert json.loads((folder / "config.json").read_text()) == FIRST, "what is refused changes nothing"
+
+
+def test_a_checkpoint_of_the_first_version_holds_no_statistics_and_loads(tmp_path: Path) -> None:
+    parts = {"params": META.params, "learned": META.learned}
+    checkpoint.save(tmp_path, 7, Meta(**parts), STATE | {"meta": parts}, IDENTITY)
+    loaded = checkpoint.load_newest(tmp_path, config_hash(now()))
+    assert loaded is not None
+    for meta in (loaded[0], Meta(**loaded[1]["meta"])):
+        assert meta.stats == {} and torch.equal(flat(meta), flat(META))
+
+
+def test_statistics_of_batch_norm_come_back_bit_for_bit(tmp_path: Path) -> None:
+    stats = {"point0/norm.running_mean": torch.rand(3), "point1/norm.running_var": torch.rand(3, dtype=torch.float64)}
+    checkpoint.save(tmp_path, 7, META._replace(stats=stats), STATE, "a")
+    loaded = checkpoint.load_newest(tmp_path, "a")
+    assert loaded is not None and list(loaded[0].stats) == list(stats)
+    assert all(torch.equal(loaded[0].stats[name], tensor) for name, tensor in stats.items())

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from toolkit import Batch, Task, TaskSampler, UserError, draw
 from toolkit.data.bank import ClassBank
-from toolkit.samplers import Episodes, Linear, Sinusoid
+from toolkit.samplers import AllClasses, Episodes, Linear, Sinusoid
 from toolkit.samplers.episodes import distinct
 from toolkit.samplers.linear import adapted
 from toolkit.task import count, fingerprint, generators, stream_seed, take
@@ -48,6 +48,7 @@ def plain(generator: torch.Generator) -> Task:
 
 SAMPLERS: dict[str, TaskSampler] = {
     "episodes": Episodes(bank(), ways=3, shots=2, queries=3),
+    "all classes": AllClasses(bank(), queries=5),
     "sinusoid": Sinusoid(4, 6),
     "linear": Linear(3, 4, 6),
     "function": plain,
@@ -211,6 +212,44 @@ def test_drawing_never_changes_the_bank() -> None:
     task = draw(Episodes(whole, ways=3, shots=2, queries=3), 4, seed=0)
     task.support.x.zero_()
     assert torch.equal(whole.items, before)
+
+
+def test_all_classes_are_labelled_by_their_number_in_the_bank() -> None:
+    tasks = draw(AllClasses(bank(), queries=5), 200, seed=0)
+    assert tasks.support.x.shape == (200, 1, 1, 1, 2) and tasks.query.x.shape == (200, 5, 1, 1, 2)
+    for batch in tasks:
+        classes, items = decode(batch.x)
+        assert batch.y.dtype == torch.int64 and torch.equal(classes, batch.y)
+        assert (items < torch.tensor(SIZES)[classes]).all()
+
+
+def test_all_classes_are_equally_likely_whatever_their_size_and_so_are_the_items_of_each() -> None:
+    tasks = draw(AllClasses(bank(), queries=9), 2000, seed=0)
+    assert chisquare(tasks.support.y.flatten().bincount(minlength=len(SIZES))).pvalue > 1e-3
+    assert chisquare(tasks.query.y.flatten().bincount(minlength=len(SIZES))).pvalue > 1e-3
+    classes, items = decode(torch.cat([tasks.support.x, tasks.query.x], 1))
+    for c, size in enumerate(SIZES):
+        assert chisquare(items[classes == c].bincount(minlength=size)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("sizes", [(1, 7, 3), (5,), (2, 1)])
+def test_all_classes_reach_the_first_and_the_last_item_of_the_bank_and_nothing_beyond(
+    sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler = AllClasses(bank(sizes), queries=2)
+    for noise, ends in ((0.0, (0, 0)), (float(np.nextafter(1, 0)), (len(sizes) - 1, sizes[-1] - 1))):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "rand", lambda *shape, noise=noise, **kind: torch.full(shape, noise, dtype=kind["dtype"]))
+            task = sampler(torch.Generator())
+        classes, items = decode(torch.cat([task.support.x, task.query.x]))
+        assert set(zip(classes.tolist(), items.tolist(), strict=True)) == {ends}
+        assert set(torch.cat([task.support.y, task.query.y]).tolist()) == {ends[0]}
+
+
+@pytest.mark.parametrize("queries", [0, -3])
+def test_a_batch_of_no_items_of_all_classes_is_a_user_error(queries: int) -> None:
+    with pytest.raises(UserError, match=f"^{queries} items per batch; give at least 1$"):
+        AllClasses(bank(), queries)
 
 
 def test_too_many_ways_name_the_bank_and_the_flag() -> None:

@@ -6,12 +6,13 @@ from toolkit import algorithms
 from toolkit.curve import Curve
 from toolkit.engine import Metrics, Plan, meta_gradient
 from toolkit.errors import UserError
-from toolkit.evaluate import evaluate
+from toolkit.evaluate import calibrate, evaluate
 from toolkit.learner import Learner, Meta
+from toolkit.outer import Outer
 from toolkit.task import Batch, Task, TaskSampler, draw
 from toolkit.train import Record, State, train
 
 __all__ = [
-    "Batch", "Curve", "Learner", "Meta", "Metrics", "Plan", "Record", "State", "Task", "TaskSampler", "UserError",
-    "algorithms", "draw", "evaluate", "meta_gradient", "train",
+    "Batch", "Curve", "Learner", "Meta", "Metrics", "Outer", "Plan", "Record", "State", "Task", "TaskSampler", "UserError",
+    "algorithms", "calibrate", "draw", "evaluate", "meta_gradient", "train",
 ]  # fmt: skip

@@ -101,8 +101,9 @@ def maml_plus_plus(
     """MAML++ (Antoniou et al. 2019, section 4): query loss after every step with weights that go over to the last one during
     the fraction `anneal` of the training (in ten stages), first order during the fraction `first_order`, a learned rate per
     tensor and step, cosine meta rate, batch norm with statistics, scale and shift of each step's own. That scale and shift do
-    not adapt, as in the configurations of their code. Departure: K + 1 points of the path have their own batch norm, where the
-    code lets the query set after step k share the support set's of step k.
+    not adapt, as in the configurations of their code, which always normalises by the batch at hand (transductive): that is
+    `batch_norm="per_step_batch"`. Departure: K + 1 points of the path have their own batch norm, where the code lets the query
+    set after step k share the support set's of step k.
     """
     norms = {f"{layer}.{kind}" for layer in batch_norms(model) for kind in ("weight", "bias")}
     shared.setdefault("outer", Outer(schedule="cosine"))

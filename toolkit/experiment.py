@@ -82,7 +82,8 @@ def run(
     gradient(trainee, plan)  # refuses what it cannot compute, before anything is written
     folder = flags.out or Path("results") / experiment / flags.run_name
     finished = prepare(folder, config, flags.resume, flags.overwrite)
-    log.info("%s on %s, %s", learner.name, flags.sampler, _describe(learner, plan))
+    by = "" if flags.backend == "toolkit" else f", meta-gradient by {flags.backend}, task by task"
+    log.info("%s on %s, %s%s", learner.name, flags.sampler, _describe(learner, plan), by)
     job = Job(flags, folder, learner, trainee, training, source, validation, plan, gradient, config_hash(config))
     outcome = _train(job)
     with tqdm(total=flags.eval_tasks, desc="test", unit="task") as bar:

@@ -120,7 +120,7 @@ class EpisodeFlags(Flags):
     ways: int = 5
     """Classes per task."""
     batch_norm: str | None = None
-    """Batch-norm policy: batch (transductive), support, running or per_step; by default the method's own, mostly batch."""
+    """Batch-norm policy: batch, per_step_batch (both transductive), support, running, per_step; by default the method's own."""
     data_root: Path = Path("data")
     """Folder that holds the data sets, in torchvision's layout."""
     download: bool = False
@@ -189,7 +189,8 @@ def launch(flags_type: type[F], body: Callable[[F], object], presets: dict[str, 
             raise
         sys.exit(_say(error))
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command with --resume goes on from the newest checkpoint", file=sys.stderr)
+        advice = "; the same command with --resume goes on from the newest checkpoint" if isinstance(flags, Flags) else ""
+        print(f"\ninterrupted{advice}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -145,7 +145,7 @@ class Learner:
         for part in (self.start, self.inner, self.objective):
             if own := getattr(part, "learned", None):
                 learned |= own(self, params)
-        if self.batch_norm == "per_step":
+        if self.batch_norm.startswith("per_step"):
             for k in range(self.steps + 1):
                 learned |= {f"norm{k}/{name}": params[name].clone() for name in self._norm_params() if name in params}
         return Meta(params, learned)
@@ -200,10 +200,10 @@ class Learner:
         params, policy, first = {**meta.params, **fast}, self.batch_norm, None
         # Cloned, so that a module which updates a buffer cannot carry state from one task to the next.
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        if policy == "per_step":
+        if policy.startswith("per_step"):
             k = min(k, self.steps)
             params |= under(f"norm{k}/", meta.learned)
-            if support_x is not None and not self.training:
+            if policy == "per_step" and support_x is not None and not self.training:
                 policy = "running"
                 buffers |= self._statistics(meta, k)
         elif policy == "support" and support_x is not None:

@@ -9,6 +9,8 @@ Batch-norm policies:
                (Antoniou et al. 2019, section 4: "BNRS + BNWB"). A support set is normalised by itself, and so is a query set
                in training; in evaluation a query set is normalised by the statistics of point k, which `calibrate` measures
                on training tasks (exact means, where the paper keeps running averages); not transductive.
+    "per_step_batch" the same scale and shift for every point, but always the batch's own statistics, as the code of that paper
+               does; transductive.
 No policy updates running statistics: an update inside the inner loop would leak from task to task. The policy of a run is
 recorded in its `summary.json`.
 
@@ -30,7 +32,8 @@ from torch.overrides import TorchFunctionMode
 from toolkit.errors import UserError, unknown
 
 log = logging.getLogger("toolkit")
-POLICIES = ("batch", "support", "running", "per_step")
+POLICIES = ("batch", "support", "running", "per_step", "per_step_batch")
+TRANSDUCTIVE = ("batch", "per_step_batch")
 
 
 class Norms(TorchFunctionMode):

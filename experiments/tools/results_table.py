@@ -4,8 +4,13 @@ python -m experiments.tools.results_table
 """
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+from experiments.shared_model import Config
+from experiments.shared_model import table as shared_model_table
+from toolkit.runs.comparison import table as comparison_table
 
 REFERENCE = Path(__file__).parents[2] / "results" / "reference"
 # The runs in the order of the table: folder, title, command.
@@ -24,6 +29,13 @@ RUNS = {
 }
 
 
+# The comparisons: folder, title.
+COMPARISONS = {
+    "compare-sinusoid": "sinusoid, 10-shot",
+    "compare-omniglot-5w1s": "Omniglot 5-way 1-shot",
+    "compare-omniglot-20w1s": "Omniglot 20-way 1-shot",
+}
+SHARED_MODEL = "shared_model"
 SHORT = ("tasks", "as trained", "after 10 steps", "command")
 
 
@@ -33,6 +45,20 @@ def table(columns: tuple[str, ...] = ()) -> str:
     columns = columns or tuple(rows[0])
     lines = [columns, ["---"] * len(columns), *([row[column] for column in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def comparison(folder: str) -> str:
+    """The table of a comparison, anew from its committed rows."""
+    rows: list[dict[str, Any]] = json.loads((REFERENCE / folder / "comparison.json").read_text())["rows"]
+    return comparison_table(rows)
+
+
+def shared_model() -> str:
+    """The printed result of the committed run of `experiments/shared_model.py`."""
+    folder = REFERENCE / SHARED_MODEL
+    config, summary = (json.loads((folder / name).read_text()) for name in ("config.json", "summary.json"))
+    known = {field.name for field in fields(Config)}
+    return shared_model_table(Config(**{key: value for key, value in config.items() if key in known}), summary)
 
 
 def _row(folder: str, title: str, command: str) -> dict[str, str]:
@@ -59,4 +85,4 @@ def _cell(test: dict[str, Any], step: int) -> str:
 
 
 if __name__ == "__main__":
-    print(table(), table(SHORT), sep="\n\n")
+    print(table(), table(SHORT), *map(comparison, COMPARISONS), shared_model(), sep="\n\n")

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -11,14 +12,16 @@ from matplotlib.ticker import MaxNLocator
 from toolkit.errors import UserError
 from toolkit.plots import frame
 
-PANEL = 2.1  # inch, the height of a panel
+PANEL = 1.5  # inch, the height of the axes of a panel
+ROOM = 10  # how far above the worst start the log axis goes: what diverges further leaves the panel
 
 
 @frame.styled()
 def comparison(rows: Sequence[dict[str, Any]], families: Mapping[str, Sequence[str]], title: str) -> Figure:
     """The metric after 0..S inner steps, mean over seeds and tasks with its 95 % interval over tasks, for `rows` as
     `toolkit.runs.comparison.rows` gives them; `families` names the methods of each panel. A ring marks the steps of training.
-    Accuracy is in percent with chance as a dotted line, anything else on a log axis. Raises UserError when no row is named."""
+    Accuracy is in percent with chance as a dotted line, anything else on a log axis, which a curve that diverges leaves at the
+    top. Raises UserError when no row is named."""
     panels = {family: [row for row in rows if row["method"] in names] for family, names in families.items()}
     panels = {family: own for family, own in panels.items() if own}
     if not panels:
@@ -27,37 +30,56 @@ def comparison(rows: Sequence[dict[str, Any]], families: Mapping[str, Sequence[s
     scale = 100.0 if percent else 1.0
     columns = 2 if len(panels) > 1 else 1
     lines = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(frame.WIDTH * columns, PANEL * lines + 0.4))
+    figure = Figure(figsize=(frame.WIDTH * columns, 1))
     grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
+    shared: frame.Legend = []
     for axes, (family, own) in zip(grid.flat, panels.items(), strict=False):
-        for row in rows:
-            axes.plot(range(len(row["mean"])), frame.column(row["mean"], scale), color="0.88", linewidth=0.8, marker="")
+        for row in (row for row in rows if row not in own):
+            values = frame.column(row["mean"], scale)
+            (grey,) = axes.plot(values, color="0.75", linestyle="-", linewidth=0.7, marker="", label="other")
+            shared.append((grey, "other methods"))
         for index, row in enumerate(own):
-            _draw(axes, row, index, scale)
-        if percent and rows[0]["chance"]:
-            axes.axhline(scale * rows[0]["chance"], color="0.35", linestyle=":", linewidth=1.0)
-        axes.set_title(family, fontsize="medium")
-        axes.legend(loc="best", fontsize="small")
+            shared += _draw(axes, row, index, scale)
+        if percent and (chance := rows[0]["chance"]):
+            dots = axes.axhline(scale * chance, color="0.35", linestyle=":", linewidth=1.0, label="chance")
+            shared.append((dots, f"chance, {scale * chance:.3g} %"))
+        # Above the axes, with the family as its title: within them it would cover one curve or another.
+        handles = [line for line in axes.get_lines() if line.get_label() in {row["method"] for row in own}]
+        axes.legend(handles=handles, title=family, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if not percent:
-        grid[0, 0].set_yscale("log")
+        _log(grid[0, 0], rows)
     for axes in grid[:, 0]:
         axes.set_ylabel("test accuracy (%)" if percent else f"test {rows[0]['metric']}")
     for column in range(columns):
         shown = [axes for axes in grid[:, column] if axes.get_visible()]
         shown[-1].set_xlabel("inner steps")
         shown[-1].tick_params(labelbottom=True)
-    figure.suptitle(title)
-    return figure
+    groups = list(panels.values())
+    names = sum(max(math.ceil(len(own) / 2) for own in groups[i : i + columns]) for i in range(0, len(groups), columns))
+    return frame.finish(figure, title, [], shared, lines * (PANEL + 2 * frame.LINE) + (names + 3) * frame.LINE)
 
 
-def _draw(axes: Axes, row: dict[str, Any], index: int, scale: float) -> None:
+def _draw(axes: Axes, row: dict[str, Any], index: int, scale: float) -> frame.Legend:
     mean, half = frame.column(row["mean"], scale), frame.column(row["ci95"], scale)
     look = frame.look(index) | {"markersize": 3}
-    (line,) = axes.plot(range(len(mean)), mean, **look, label=row["method"])
+    (line,) = axes.plot(mean, **look, label=row["method"])
     axes.fill_between(range(len(mean)), mean - half, mean + half, color=line.get_color(), alpha=0.2, linewidth=0)
     k = row["trained_steps"]
-    if math.isfinite(mean[k]):
-        axes.plot([k], [mean[k]], marker="o", markersize=9, mfc="none", mec="0.2", linestyle="")
+    if not math.isfinite(mean[k]):
+        return []
+    (ring,) = axes.plot([k], [mean[k]], marker="o", markersize=8, mfc="none", mec="0.2", linestyle="", label="ring")
+    return [(ring, "steps in training")]
+
+
+def _log(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    """A log axis by the means alone, so that an interval that comes near 0 stretches nothing; none without a positive mean."""
+    values = np.stack([frame.column(row["mean"]) for row in rows])
+    starts, positive = values[:, 0][np.isfinite(values[:, 0])], values[np.isfinite(values) & (values > 0)]
+    if positive.size:
+        axes.set_yscale("log")
+        low, high = positive.min(), positive.max()
+        high = max(min(high, ROOM * starts.max()), low) if starts.size and starts.max() > 0 else high
+        axes.set_ylim(low / 1.3, high * 1.3)

@@ -1,5 +1,6 @@
 """Several methods on the same test tasks: means over seeds, intervals over tasks, paired differences."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ class Entry:
         """The point of the curve that counts as the method's result: the steps of its training; the last for what was trained
         without adaptation and adapts at test time all the same."""
         steps = min(int(self.runs[0].summary["inner_steps"]), self.curve.steps)
-        moves = bool((self.curve.metric[:, 0] != self.curve.metric[:, -1]).any())
+        moves = not torch.equal(*(self.curve.metric[:, k].nan_to_num() for k in (0, -1)))
         return self.curve.steps if steps == 0 and moves else steps
 
     def spread(self) -> float | None:
@@ -77,8 +78,10 @@ def rows(runs: Mapping[str, Sequence[Run]], base: str = "maml") -> list[dict[str
             "ci95": _plain(half),
             "median": _plain(entry.curve.median()),
             "finite": _plain(entry.curve.finite()),
-            "spread": entry.spread(),
-            "difference": difference(entry, by_name[base]) if base in by_name and entry.method != base else None,
+            "spread": _finite(entry.spread()),
+            "difference": [_finite(v) for v in difference(entry, by_name[base])]
+            if base in by_name and entry.method != base
+            else None,
             "seconds": round(entry.cost("seconds"), 1),
             "peak_mb": round(entry.cost("peak_mb")),
             "learned": round(entry.cost("parameters") + entry.cost("learned_numbers")),
@@ -87,8 +90,13 @@ def rows(runs: Mapping[str, Sequence[Run]], base: str = "maml") -> list[dict[str
             "inner_lr": entry.runs[0].config["inner_lr"],
             "chance": entry.runs[0].summary["chance"],
         })  # fmt: skip
-    percent = made[0].curve.metric_name == "accuracy"
-    return sorted(result, key=lambda row: (-1 if percent else 1) * (row["mean"][row["trained_steps"]] or float("inf")))
+    sign = -1 if made[0].curve.metric_name == "accuracy" else 1
+
+    def rank(row: dict[str, Any]) -> float:
+        value = row["mean"][row["trained_steps"]]
+        return float("inf") if value is None else sign * value
+
+    return sorted(result, key=rank)
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
@@ -105,7 +113,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         lines.append([
             f"`{row['method']}`", _cell(row, 0, percent), _cell(row, min(1, last), percent),
             f"{_cell(row, k, percent)} ({k})", _cell(row, last, percent),
-            _pair(gap[0], gap[1], percent, signed=True) if gap else "-",
+            _pair(gap[0], gap[1], percent, signed=True) if gap and gap[0] is not None else "-",
             "-" if row["spread"] is None else _number(row["spread"], percent),
             f"{row['seconds']:.0f} s", str(row["peak_mb"]), f"{row['learned']:,}", f"{row['adapted']:,}",
             "yes" if row["transductive"] else "no",
@@ -131,4 +139,8 @@ def _number(value: float, percent: bool) -> str:
 
 
 def _plain(values: Tensor) -> list[float | None]:
-    return [round(v, 6) if v - v == 0 else None for v in values.tolist()]
+    return [None if v is None else round(v, 6) for v in map(_finite, values.tolist())]
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -103,6 +103,7 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 
 def config_hash(config: dict[str, Any]) -> str:
     """Identifies the part of a configuration that decides the numbers."""
+    config = json.loads(json.dumps(config))  # as config.json is read: tuples are lists there
     kept = {key: value for key, value in config.items() if key not in NOT_HASHED and not (key in LATER and value == LATER[key])}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -127,7 +128,7 @@ def prepare(path: Path, config: dict[str, Any], resume: bool, overwrite: bool) -
             _check_same(run.config, config, path)
     path.mkdir(parents=True, exist_ok=True)
     write_json(path / "config.json", config)
-    return run
+    return Run(path)
 
 
 def _check_same(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:

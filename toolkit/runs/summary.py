@@ -15,6 +15,7 @@ import toolkit
 from toolkit.curve import Curve
 from toolkit.engine import Plan
 from toolkit.learner import Learner
+from toolkit.norms import TRANSDUCTIVE
 from toolkit.runs.folder import config_hash
 from toolkit.tree import numel
 
@@ -66,7 +67,7 @@ def summarise(
         "cost": cost,
         "plan": asdict(plan),
         "batch_norm": policy,
-        "transductive": policy == "batch",
+        "transductive": policy in TRANSDUCTIVE,
         "versions": _versions(),
         "config_hash": config_hash(config),
         "task_list_hash": curve.task_list_hash,
