@@ -66,7 +66,10 @@ def _draw(axes: Axes, row: dict[str, Any], index: int, scale: float) -> frame.Le
     mean, half = frame.column(row["mean"], scale), frame.column(row["ci95"], scale)
     look = frame.look(index) | {"markersize": 3}
     (line,) = axes.plot(mean, **look, label=row["method"])
-    axes.fill_between(range(len(mean)), mean - half, mean + half, color=line.get_color(), alpha=0.2, linewidth=0)
+    # An interval wider than its mean says that some tasks diverge; on a log axis it would paint the whole panel.
+    drawn = np.ones_like(mean, dtype=bool) if scale != 1.0 else half < mean
+    band: frame.Keywords = {"color": line.get_color(), "alpha": 0.2, "linewidth": 0}
+    axes.fill_between(range(len(mean)), mean - half, mean + half, where=drawn.tolist(), **band)
     k = row["trained_steps"]
     if not math.isfinite(mean[k]):
         return []
