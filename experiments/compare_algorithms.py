@@ -108,7 +108,9 @@ SETTINGS = {
     "omniglot-5w1s": Setting("omniglot.py", OMNIGLOT | {"ways": 5, "tasks": 16}, IMAGES),
     "omniglot-20w1s": Setting(
         "omniglot.py",
-        OMNIGLOT | {"ways": 20, "tasks": 4, "iterations": 400, "validate_every": 200, "inner_lr": 0.1, "inner_steps": 3},
+        OMNIGLOT
+        | {"ways": 20, "tasks": 4, "inner_lr": 0.1, "inner_steps": 3}
+        | {"iterations": 300, "validate_every": 150, "val_tasks": 100, "eval_tasks": 300},
         IMAGES,
     ),
 }

@@ -33,7 +33,7 @@ class Config(EpisodeFlags):
     sampler: str = "omniglot-vinyals"
     """omniglot-vinyals (1,028/172/423 characters) or omniglot-background (Lake's background against evaluation alphabets)."""
     model: str = "conv4"
-    """conv4 (stride 2, the paper's) or conv4-pool."""
+    """conv4 (stride 2, the paper's), conv4-32 (half as wide) or conv4-pool."""
     eval_queries: int = 1
     iterations: int = 15_000
     val_tasks: int = 200

@@ -26,7 +26,7 @@ class Config(EpisodeFlags):
     sampler: str = "glyphs"
     """glyphs."""
     model: str = "conv4"
-    """conv4 (stride 2) or conv4-pool."""
+    """conv4 (stride 2), conv4-32 (half as wide) or conv4-pool."""
     inner_steps: int = 1
     tasks: int = 16
     queries: int = 5

@@ -84,7 +84,7 @@ REFUSED: dict[str, tuple[Any, list[str], str]] = {
     "rule of a method with its own": (
         sinusoid,
         ["--algorithm", "meta_sgd", "--rule", "sgd 0.1"],
-        "meta_sgd brings its own rule",
+        "meta_sgd leaves no choice of rule",
     ),
     "rates per step": (sinusoid, ["--rule", "sgd 0.1 learned per-step=3"], "rates for 3 steps, but the learner takes 1 inner"),
     "setting": (
@@ -100,7 +100,7 @@ REFUSED: dict[str, tuple[Any, list[str], str]] = {
     "order": (sinusoid, ["--order", "third"], "unknown order 'third'"),
     "truncated": (sinusoid, ["--order", "truncated:4"], "the last 4 of 1 inner steps cannot be of second order"),
     "annealed": (sinusoid, ["--order", "annealed:2"], "give the fraction of the training"),
-    "implicit twice": (sinusoid, ["--algorithm", "imaml", "--order", "second"], "imaml brings its own order"),
+    "implicit twice": (sinusoid, ["--algorithm", "imaml", "--order", "second"], "imaml leaves no choice of order"),
     "inner batch": (sinusoid, ["--inner-batch", "0"], "--inner-batch is 0; give at least 1"),
     "inner clip": (sinusoid, ["--inner-clip", "0"], "the inner gradient's longest length is 0.0"),
     "outer clip": (sinusoid, ["--meta-clip", "-1"], "the meta-gradient's longest length is -1.0"),

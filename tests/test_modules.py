@@ -1,5 +1,6 @@
 """Operations on modules, and models made from others: what is computed, named, shared, drawn and left alone."""
 
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -107,7 +108,7 @@ def test_seeds_repeat_and_differ(made: str, model: str) -> None:
 NEW = {
     "lora": ("lora_",), "lora of a part": ("lora_",), "warped": ("warp.weight",),
     "with context": ("context", "generate.weight"),
-    "attention head": ("head.keys", "head.values", "head.log_temperature"), "widened": ("head.weight", "head.bias"),
+    "attention head": ("head.keys", "head.values", "head.log_scale"), "widened": ("head.weight", "head.bias"),
 }  # fmt: skip
 
 
@@ -201,7 +202,7 @@ def test_attention_over_remembered_examples() -> None:
     keys, classes = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 0, 1, 1, 1, 0])
     values = nn.functional.one_hot(classes, 2).double()
     found = torch.func.functional_call(new, {"head.keys": keys, "head.values": values}, x)
-    features, temperature = given[:-1](x), new.get_parameter("head.log_temperature").exp()
+    features, temperature = given[:-1](x), new.get_parameter("head.log_scale").exp()
     assert temperature.item() == pytest.approx(10, rel=1e-6)
     for row, feature in zip(found, features, strict=True):
         shares = torch.stack([temperature * nn.functional.cosine_similarity(feature, key, dim=0) for key in keys]).softmax(0)
@@ -317,8 +318,10 @@ def test_peft_takes_the_chosen_layers_alone() -> None:
 
 
 def test_peft_is_used_by_default_only_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(surgery.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "peft", None)
     assert isinstance(lora(network()).get_submodule("head"), surgery.Lora)
+    with pytest.raises(UserError, match="run pip install peft, or use peft=False"):
+        lora(network(), peft=True)
 
 
 def test_select_keeps_the_models_order_and_leaves_frozen_ones_out() -> None:

@@ -18,7 +18,6 @@ from toolkit.learned import Alfa, Preconditioned, TaskLoss
 from toolkit.learner import Learner, Loss
 from toolkit.metrics import accuracy, cross_entropy
 from toolkit.models.surgery import attention_head, lora, warped, widened, with_context
-from toolkit.norms import batch_norms
 from toolkit.objectives import EveryStep, Implicit, annealed_weights, last_step
 from toolkit.objectives import reptile as reptile_objective
 from toolkit.order import with_order
@@ -66,8 +65,8 @@ def reptile(model: nn.Module, *, name: str = "reptile", **shared: Any) -> Learne
     """Towards the end of the path (Nichol et al. 2018, algorithm 2), by plain descent whose rate falls linearly to 0, so
     `meta_lr` is the paper's epsilon and starts near 1. The paper's inner loop is Adam without momentum on minibatches
     (`rule=Adam(lr, (0, 0.999))`, `inner_batch`) of support sets with more shots than at test."""
-    shared.setdefault("outer", Outer("sgd", "linear"))
-    return replace(maml(model, name=name, **{"order": "first", **shared}), objective=reptile_objective)
+    shared = {"outer": Outer("sgd", "linear"), **_without(name, shared, "order"), "order": "first"}
+    return replace(maml(model, name=name, **shared), objective=reptile_objective)
 
 
 def anil(
@@ -84,7 +83,7 @@ def boil(model: nn.Module, *, head: str = "head", name: str = "boil", **shared: 
 
 def meta_sgd(model: nn.Module, *, inner_lr: float = 0.4, name: str = "meta_sgd", **shared: Any) -> Learner:
     """A learned rate per weight (Li et al. 2017, algorithm 1). All start at `inner_lr` (the paper draws them at random)."""
-    return maml(model, rule=SGD(inner_lr, learn="weight"), name=name, **_without("rule", name, shared))
+    return maml(model, rule=SGD(inner_lr, learn="weight"), name=name, **_without(name, shared, "rule"))
 
 
 def maml_plus_plus(
@@ -102,14 +101,13 @@ def maml_plus_plus(
     the fraction `anneal` of the training (in ten stages), first order during the fraction `first_order`, a learned rate per
     tensor and step, cosine meta rate, batch norm with statistics, scale and shift of each step's own. That scale and shift do
     not adapt, as in the configurations of their code, which always normalises by the batch at hand (transductive): that is
-    `batch_norm="per_step_batch"`. Departure: K + 1 points of the path have their own batch norm, where the code lets the query
-    set after step k share the support set's of step k.
+    `batch_norm="per_step_batch"`. Departures: after `anneal` the early steps keep 3 % of the weight, where their code drops
+    them; and K + 1 points of the path have their own batch norm, where it lets the query set after step k share the support
+    set's of step k.
     """
-    norms = {f"{layer}.{kind}" for layer in batch_norms(model) for kind in ("weight", "bias")}
     shared.setdefault("outer", Outer(schedule="cosine"))
-    shared.setdefault("adapts", lambda n: n not in norms)
     rule = PerStep(SGD(inner_lr, learn="tensor"), max(1, inner_steps))
-    shared = _without("rule", name, shared)
+    shared = _without(name, shared, "order", "rule")
     learner = maml(model, rule=rule, inner_steps=inner_steps, batch_norm=batch_norm, name=name, **shared)
     if not (0 <= anneal <= 1 and 0 <= first_order <= 1):
         raise UserError(f"anneal is {anneal} and first_order {first_order}; give fractions of the training from 0 to 1")
@@ -136,7 +134,7 @@ def imaml(
 ) -> Learner:
     """Implicit MAML: a long proximal path, not differentiated, and the implicit gradient at its end (Rajeswaran et al. 2019,
     algorithms 1 and 2). The gradient is exact in the limit of a converged path and solved system."""
-    rule, shared = Proximal(rule or SGD(inner_lr), lam), _without("order", name, shared)
+    rule, shared = Proximal(rule or SGD(inner_lr), lam), _without(name, shared, "order")
     learner = maml(model, rule=rule, inner_steps=inner_steps, name=name, **shared | {"order": "first"})
     return replace(learner, objective=Implicit(lam, cg_steps, damping))
 
@@ -151,7 +149,7 @@ def cavia(
 
 
 def proto_maml(model: nn.Module, *, name: str = "proto_maml", **shared: Any) -> Learner:
-    """MAML whose head starts from the prototypes of the support set (Triantafillou et al. 2020, section 3.1)."""
+    """MAML whose head starts from the prototypes of the support set (Triantafillou et al. 2020, "Proto-MAML")."""
     return replace(maml(model, name=name, **shared), start=Prototypes())
 
 
@@ -176,19 +174,19 @@ def r2d2(model: nn.Module, *, head: str = "head", name: str = "r2d2", **shared: 
 
 def meta_curvature(model: nn.Module, *, inner_lr: float = 0.4, rule: Rule | None = None, axes: int = 3,
                    name: str = "meta_curvature", **shared: Any) -> Learner:  # fmt: skip
-    """Gradients multiplied along every axis by a learned matrix (Park & Oliva 2019, section 3.2)."""
+    """Gradients multiplied along every axis by a learned matrix (Park & Oliva 2019)."""
     return maml(model, rule=Preconditioned(rule or SGD(inner_lr), axes), name=name, **shared)
 
 
 def kfo(model: nn.Module, *, name: str = "kfo", **shared: Any) -> Learner:
-    """Kronecker-factored learned updates: two matrices per weight matrix (Arnold et al. 2021, section 4; linear factors)."""
+    """Kronecker-factored learned updates: two matrices per weight matrix (Arnold et al. 2021; linear factors)."""
     return meta_curvature(model, axes=2, name=name, **shared)
 
 
 def warp_grad(model: nn.Module, *, head: str = "head", name: str = "warp_grad", **shared: Any) -> Learner:
     """Warp layers between the layers, learned by the outer loop alone, shape the inner loop's gradients (Flennerhag et al.
     2020, section 2, its "Warp-MAML"). Linear 1x1 warps, and MAML's objective in place of the trajectory one."""
-    return maml(warped(model, head), adapts=lambda n: ".warp." not in n, head=head, name=name, **shared)
+    return maml(warped(_checked_head(model, head), head), adapts=lambda n: ".warp." not in n, head=head, name=name, **shared)
 
 
 def alfa(model: nn.Module, *, inner_lr: float = 0.4, rule: Rule | None = None, name: str = "alfa", **shared: Any) -> Learner:
@@ -202,7 +200,7 @@ def metal(model: nn.Module, *, name: str = "metal", **shared: Any) -> Learner:
 
 
 def unicorn_maml(model: nn.Module, *, name: str = "unicorn_maml", **shared: Any) -> Learner:
-    """MAML with a single shared head vector, whatever the labels' order (Ye & Chao 2022, section 5)."""
+    """MAML with a single shared head vector, whatever the labels' order (Ye & Chao 2022)."""
     return replace(maml(model, name=name, **shared), start=SharedHead())
 
 
@@ -212,13 +210,13 @@ def lora_maml(model: nn.Module, *, rank: int = 4, layers: Selection = "*", peft:
     return maml(lora(model, rank, layers, peft), adapts="*lora_*", name=name, **shared)
 
 
-def joint(model: nn.Module, *, inner_steps: int = 0, order: str = "second", name: str = "joint", **shared: Any) -> Learner:
+def joint(model: nn.Module, *, inner_steps: int = 0, name: str = "joint", **shared: Any) -> Learner:
     """The shared model trained on the query sets of all tasks without adaptation; evaluation adapts it as MAML would."""
-    return maml(model, inner_steps=0, name=name, **shared)
+    return maml(model, inner_steps=0, name=name, **_without(name, shared, "order"))
 
 
 def fine_tune(model: nn.Module, *, classes: int, name: str = "fine_tune", adapts: Selection = "*", inner_steps: int = 0,
-              order: str = "second", head: str = "head", **shared: Any) -> Learner:  # fmt: skip
+              head: str = "head", **shared: Any) -> Learner:  # fmt: skip
     """Pretrained on all `classes` at once; then a new head and all weights are fine-tuned on each task. The learner to train is
     its `pretrain`, on tasks of `samplers.AllClasses`. (The "Baseline" of Chen et al. 2019 freezes the body: `linear_probe`.)"""
     _checked_head(model, head)
@@ -227,25 +225,27 @@ def fine_tune(model: nn.Module, *, classes: int, name: str = "fine_tune", adapts
 
 
 def linear_probe(model: nn.Module, *, head: str = "head", name: str = "linear_probe", **shared: Any) -> Learner:
-    """As `fine_tune`, with the body frozen: only the new head learns ("Baseline" of Chen et al. 2019, section 3.2)."""
+    """As `fine_tune`, with the body frozen: only the new head learns ("Baseline" of Chen et al. 2019, section 3.1)."""
     return fine_tune(model, adapts=f"{head}.*", head=head, name=name, **shared)
 
 
 def nearest_centroid(model: nn.Module, *, head: str = "head", name: str = "nearest_centroid", **shared: Any) -> Learner:
     """As `fine_tune`, judged by the distance to the class means of the support embeddings (Wang et al. 2019, "SimpleShot",
     without its centring and normalising). No steps."""
-    shared = _without("rule", name, shared) | {"rule": Frozen(), "adapts": f"{head}.*"}
+    shared = _without(name, shared, "rule", "inner_batch") | {"rule": Frozen(), "adapts": f"{head}.*"}
     return replace(fine_tune(model, head=head, name=name, **shared), start=Prototypes())
 
 
 def _stepless(model: nn.Module, head: str, name: str, shared: dict[str, Any], adapts: Selection | None = None) -> Learner:
-    fixed = {"rule": Frozen(), "inner_steps": 0, "adapts": adapts or f"{head}.*", "order": "second"}
-    return maml(model, head=head, name=name, **_without("rule", name, shared) | fixed)
+    fixed = {"rule": Frozen(), "inner_steps": 0, "adapts": adapts or f"{head}.*"}
+    return maml(model, head=head, name=name, **_without(name, shared, "rule", "order", "inner_batch") | fixed)
 
 
-def _without(what: str, name: str, shared: dict[str, Any]) -> dict[str, Any]:
-    if shared.get(what):
-        raise UserError(f"{name} brings its own {what}; leave the {what} out, or use a method such as maml")
+def _without(name: str, shared: dict[str, Any], *knobs: str) -> dict[str, Any]:
+    for knob in knobs:
+        if shared.get(knob):
+            words = knob.replace("_", " ")
+            raise UserError(f"{name} leaves no choice of {words}; leave the {words} out, or use a method such as maml")
     return shared
 
 
@@ -257,7 +257,9 @@ def _needs_head(learner: Learner) -> Learner:
 def _checked_head(model: nn.Module, head: str) -> nn.Module:
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if head not in layers:
-        raise UserError(f"head={head!r} names no linear layer of the model; it has {', '.join(layers) or 'none'}")
+        raise UserError(
+            f"head={head!r} names no linear layer of the model; it has {', '.join(layers) or 'none'}, give the last one as head"
+        )
     return model
 
 

@@ -34,7 +34,7 @@ def evaluate(
 
     Nothing is learned and nothing is kept: no graph, no change to the model, to `meta` or to any global random state; memory
     does not grow with `tasks`. With `permutations` P > 1 a task's prediction is the mean probability of P
-    adaptations, each with the class labels in another order (Ye & Chao 2022, section 4); classification only. `progress` is
+    adaptations, each with the class labels in another order (Ye & Chao 2022); classification only. `progress` is
     called with the number of tasks that were just finished.
     """
     if tasks < 1 or steps < 0 or permutations < 1:

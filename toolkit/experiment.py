@@ -77,7 +77,7 @@ def run(
         each.rehearse(move(task, flags.device))
         if flags.permutations > 1 and task.support.y.is_floating_point():
             raise UserError(f"--permutations {flags.permutations} needs classes, but these tasks are regression; leave it out")
-    plan = _plan(flags, trainee, source)
+    plan = _plan(flags, trainee, source) if flags.backend == "toolkit" else Plan("loop")
     gradient = backend(flags.backend)
     gradient(trainee, plan)  # refuses what it cannot compute, before anything is written
     folder = flags.out or Path("results") / experiment / flags.run_name

@@ -45,7 +45,7 @@ class Flags:
     inner_lr: float = 0.4
     """Learning rate of the inner loop."""
     inner_steps: int = 1
-    """Inner steps in training and validation."""
+    """Inner steps in training and validation; imaml wants many (16 in its paper), methods without inner steps take none."""
     order: str | None = None
     """How the path is differentiated: second, first, truncated:K, annealed:FRACTION, implicit; by default the method's own."""
     rule: str | None = None
@@ -59,7 +59,7 @@ class Flags:
     head: str = "head"
     """Name of the model's last linear layer, for the methods that treat it apart."""
     meta_lr: float = 1e-3
-    """Learning rate of the outer loop, the peak of its schedule."""
+    """Learning rate of the outer loop, the peak of its schedule; for reptile about 0.5."""
     meta_optimizer: Literal["adam", "sgd"] | None = None
     """Optimiser of the outer loop; by default the method's own, mostly adam."""
     meta_schedule: Literal["constant", "linear", "cosine"] | None = None
@@ -145,27 +145,40 @@ def build(flags: Flags, model: nn.Module, classes: int | None = None, **given: A
     learner = algorithms.build(flags.algorithm, model, classes, **given, **settings(flags.algorithm, flags.method))
     outer: dict[str, Any] = {"optimizer": flags.meta_optimizer, "schedule": flags.meta_schedule, "clip": flags.meta_clip}
     learner = replace(learner, outer=replace(learner.outer, **{k: v for k, v in outer.items() if v is not None}))
+    if learner.outer.optimizer == "sgd" and flags.meta_lr == type(flags)().meta_lr:
+        raise UserError(
+            f"{learner.name} moves by plain descent, where --meta-lr {flags.meta_lr} is next to nothing; give one, such as 0.5"
+        )
+    if learner.pretrain:
+        learner = replace(learner, pretrain=replace(learner.pretrain, outer=learner.outer))
     return replace(learner, rule=Clip(learner.rule, flags.inner_clip)) if flags.inner_clip is not None else learner
+
+
+# Of settings that are None by default.
+KINDS: dict[str, tuple[type, ...]] = {"context": (int,), "layer": (str,), "peft": (bool,)}
 
 
 def settings(name: str, pairs: Sequence[str]) -> dict[str, Any]:
     """Keyword arguments from texts such as "lam=0.5", for what only the method called `name` takes. Raises UserError for a text
-    without "=" and for what the method does not take."""
+    without "=", for what the method does not take, and for a value of another kind."""
     if name not in algorithms.METHODS:
         raise unknown("algorithm", name, algorithms.METHODS)
     common = set(signature(algorithms.maml).parameters) | {"classes"}
-    own = [
-        p for p in signature(algorithms.METHODS[name]).parameters.values() if p.kind is p.KEYWORD_ONLY and p.name not in common
-    ]
+    parameters = signature(algorithms.METHODS[name]).parameters.values()
+    own = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in common}
     found: dict[str, Any] = {}
-    for key, equals, value in (pair.partition("=") for pair in pairs):
-        if not equals or key not in {p.name for p in own}:
-            known = ", ".join(p.name for p in own)
-            raise UserError(f"--method {key + equals + value}: {name} takes " + (f"{known}, as key=value" if known else "none"))
+    for key, equals, text in (pair.partition("=") for pair in pairs):
+        if not equals or key not in own:
+            known = ", ".join(own)
+            raise UserError(f"--method {key + equals + text}: {name} takes " + (f"{known}, as key=value" if known else "none"))
+        kinds = KINDS.get(key) or ((int, float) if type(own[key]) is float else (type(own[key]),))
         try:
-            found[key] = literal_eval(value)
+            found[key] = literal_eval(text)
         except (ValueError, SyntaxError):
-            found[key] = value
+            found[key] = text
+        if type(found[key]) not in kinds:
+            wanted = {int: "a whole number", float: "a number", bool: "True or False", str: "a name"}[kinds[-1]]
+            raise UserError(f"--method {key}={text}: {key} of {name} is {wanted}; give one")
     return found
 
 

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta
 from toolkit.rules import Wrapped
+from toolkit.starts import Head
 from toolkit.task import Batch
 from toolkit.tree import Params, under
 
@@ -21,11 +23,15 @@ class Preconditioned(Wrapped):
     identity.
 
     Tensors are folded to at most `axes` axes: with 3, (out, in, rest) of a convolution has three matrices, which is
-    Meta-Curvature (Park & Oliva 2019, section 3.2); with 2, (out, rest) has two, the Kronecker-factored update of KFO (Arnold
+    Meta-Curvature (Park & Oliva 2019); with 2, (out, rest) has two, the Kronecker-factored update of KFO (Arnold
     et al. 2021, section 4, with linear factors).
     """
 
     axes: int = 3
+
+    def __post_init__(self) -> None:
+        if self.axes not in (2, 3):
+            raise UserError(f"tensors folded to {self.axes} axes; give 2 or 3")
 
     def learned(self, fast: Params) -> Params:
         return self.rule.learned(fast) | {
@@ -51,7 +57,7 @@ class Preconditioned(Wrapped):
 @dataclass(frozen=True)
 class Alfa(Wrapped):
     """w <- beta w - alpha g with a rate and a decay per tensor that a small network makes anew in every step from the means of
-    all gradients and weights (ALFA, Baik et al. 2020, equations 5 and 6). `rule` gives the plain step that alpha scales.
+    all gradients and weights (ALFA, Baik et al. 2020). `rule` gives the plain step that alpha scales.
 
     Two layers, hidden width of twice the tensors as in the paper; its last layer starts at 0, so that alpha and beta start
     at 1 (departure: the paper learns a factor per tensor and step instead).
@@ -73,23 +79,28 @@ class Alfa(Wrapped):
 @dataclass(frozen=True)
 class TaskLoss:
     """The support loss plus a learned term: a small network's answer to the state of the task, averaged over examples
-    (MeTAL, Baik et al. 2021, equations 3 to 6).
+    (MeTAL, Baik et al. 2021).
 
-    The state of an example is the support loss, the mean of each adapting tensor, and the example's outputs; a second,
-    linear map of the state scales and shifts the network's own weights, as in the paper. Departures: the support set alone is
-    used (the paper adds a term on unlabelled queries), all steps share one network, and both maps' last layers start at 0.
+    The state of an example is the support loss, the mean of each adapting tensor, and the example's outputs. A linear map of
+    the mean state scales and shifts the network's own weights (theirs is a two-layer network). Departures: the support set
+    alone is used (the paper adds a term on unlabelled queries), no labels in the state and no standardising, all steps share
+    one network, and the last layer and the map start at 0. Raises UserError for a learner of first order: the term would get
+    no gradient (nor does it in the first-order part of an annealed training).
     """
 
     hidden: int = 16
 
     def check(self, learner: Learner) -> None:
-        learner.body()
+        Head().check_layer(learner)
+        if learner.order == 0 and learner.steps:
+            raise UserError("a learned inner loss gets no gradient in first order; use order second or truncated:k")
 
     def learned(self, learner: Learner, params: Params) -> Params:
-        head = next(p for name, p in params.items() if name.startswith(f"{learner.head}."))
-        size = 1 + len(learner.adapted_names) + head.shape[0]
-        network = _network("loss/", size, self.hidden, 1, head)
-        return network | {"loss/turn": head.new_zeros(2 * len(network), size)}
+        like = next(iter(params.values()))
+        outputs = learner.model.get_submodule(learner.head).out_features
+        size = 1 + len(learner.adapted_names) + int(outputs)  # type: ignore[arg-type]
+        network = _network("loss/", size, self.hidden, 1, like)
+        return network | {"loss/turn": like.new_zeros(2 * len(network), size)}
 
     def __call__(self, learner: Learner, meta: Meta, fast: Params, support: Batch, k: int) -> Tensor:
         prediction = learner.predict(meta, fast, support.x, k=k)

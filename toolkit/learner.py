@@ -127,7 +127,10 @@ class Learner:
         if self.batch is not None and self.batch < 1:
             raise UserError(f"{self.batch} support examples per inner step; give at least 1")
         check_policy(self.model, self.batch_norm)
-        object.__setattr__(self, "adapted_names", select(self.model, self.adapts))
+        names = select(self.model, self.adapts)
+        if self.batch_norm.startswith("per_step"):  # whose scale and shift of each step are learned, but do not adapt
+            names = tuple(name for name in names if name not in self._norm_params())
+        object.__setattr__(self, "adapted_names", names)
         model = copy_modules(self.model)
         if not self.training:
             model.eval()

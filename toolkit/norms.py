@@ -5,10 +5,11 @@ Batch-norm policies:
                al. 2017 did; it is transductive: the prediction for one query depends on the other queries.
     "support"  query predictions use the statistics of the task's support set under the same weights; not transductive.
     "running"  the module's stored running statistics, never updated; not transductive.
-    "per_step" every point k of the path has its own scale and shift, which the outer loop learns, and its own statistics
-               (Antoniou et al. 2019, section 4: "BNRS + BNWB"). A support set is normalised by itself, and so is a query set
-               in training; in evaluation a query set is normalised by the statistics of point k, which `calibrate` measures
-               on training tasks (exact means, where the paper keeps running averages); not transductive.
+    "per_step" every point k of the path has its own scale and shift, which the outer loop learns and the inner loop leaves
+               alone, and its own statistics (Antoniou et al. 2019, section 4: "BNRS + BNWB"). A support set is normalised by
+               itself, and so is a query set in training; in evaluation a query set is normalised by the statistics of point
+               k, which `calibrate` measures on training tasks (exact means, where the paper keeps running averages); not
+               transductive.
     "per_step_batch" the same scale and shift for every point, but always the batch's own statistics, as the code of that paper
                does; transductive.
 No policy updates running statistics: an update inside the inner loop would leak from task to task. The policy of a run is
@@ -38,7 +39,7 @@ TRANSDUCTIVE = ("batch", "per_step_batch")
 
 class Norms(TorchFunctionMode):
     """While active, replaces torch's batch, layer and instance norm. Batch norm follows `policy`; with `support_count` only
-    the first so many examples of a batch give its statistics. `used` tells afterwards whether there was a batch norm."""
+    the first so many examples of a batch give its statistics. `seen` lists afterwards whether there was a batch norm."""
 
     def __init__(self, policy: str, support_count: int | None = None) -> None:
         super().__init__()

@@ -55,7 +55,7 @@ def with_gradient(value: Tensor, params: Params, grads: Params) -> Tensor:
 
 
 def reptile(learner: Learner, meta: Meta, path: Iterable[Params], task: Task) -> tuple[Tensor, Score]:
-    """Start minus end of the path as the gradient (Nichol et al. 2018, equation 5), so that descent moves the start towards the
+    """Start minus end of the path as the gradient (Nichol et al. 2018, section 3), so that descent moves the start towards the
     end. The query set only gives the score. Shared weights that do not adapt have no gradient."""
     points = list(path)
     score = learner.assess(meta, points[-1], task)
@@ -66,7 +66,7 @@ def reptile(learner: Learner, meta: Meta, path: Iterable[Params], task: Task) ->
 class Implicit:
     """The gradient of the query loss at w*, the minimum of support loss + lam / 2 |w - w_0|^2, by the implicit function theorem
     (Rajeswaran et al. 2019, lemma 1): (I + H / lam)^-1 grad, H being the Hessian of the inner loss at the end of the path, by
-    `cg_steps` of conjugate gradient. `damping` is added to lam in this system only, as their code does (they take 1; we 0).
+    `cg_steps` of conjugate gradient. `damping` is added to lam in this system only (their code also adds to the identity).
 
     Shared weights that do not adapt get their exact share too: we differentiate the whole condition
     0 = grad inner(w) + lam (w - w_0), not only w_0 in it. Raises UserError for a path that is differentiated itself.
@@ -84,7 +84,9 @@ class Implicit:
 
     def check(self, learner: Learner) -> None:
         if learner.order != 0:
-            raise UserError("an implicit gradient does not differentiate the path; use order=0 with it")
+            raise UserError(
+                "an implicit gradient does not differentiate the path; use order=0 with it, which algorithms call 'first'"
+            )
 
     def __call__(self, learner: Learner, meta: Meta, path: Iterable[Params], task: Task) -> tuple[Tensor, Score]:
         *_, end = path

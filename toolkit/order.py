@@ -21,17 +21,17 @@ def with_order(learner: Learner, order: str) -> Learner:
 
     Raises UserError for another word, and for more steps than the learner takes.
     """
-    kind, _, number = order.partition(":")
-    if kind not in {known.partition(":")[0] for known in ORDERS} or bool(number) != (kind in ("truncated", "annealed")):
-        raise unknown("order", order, ORDERS)
+    kind, colon, number = str(order).partition(":")
+    if kind not in {known.partition(":")[0] for known in ORDERS} or bool(colon) != (kind in ("truncated", "annealed")):
+        raise unknown("order", str(order), ORDERS)
     if kind == "first":
         return replace(learner, order=0)
     if kind == "truncated":
-        if not number.isdigit():
+        if not number.isdecimal():
             raise UserError(f"order {order!r}: give the number of last inner steps that are of second order, as truncated:2")
         return replace(learner, order=int(number))
     if kind == "annealed":
-        if not number.replace(".", "", 1).isdigit() or not 0 <= float(number) <= 1:
+        if not number.replace(".", "", 1).isdecimal() or not 0 <= float(number) <= 1:
             raise UserError(f"order {order!r}: give the fraction of the training that is of first order, as annealed:0.3")
         return replace(learner, phases=((0.0, {"order": 0}), (float(number), {})))
     if kind == "implicit":

@@ -6,7 +6,6 @@ A start that learns has `learned(learner, params)`, one that is choosy has `chec
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toolkit.errors import UserError
@@ -29,16 +28,20 @@ def zeros(learner: Learner, meta: Meta, support: Batch) -> Params:
 class Head:
     """The base of starts that fill the linear head, `learner.head`, and inherit the rest."""
 
-    def check(self, learner: Learner) -> None:
+    def check_layer(self, learner: Learner) -> None:
+        """Raises UserError unless the learner's head is a linear layer of its model."""
         learner.body()
         layer = learner.model.get_submodule(learner.head)
         if not isinstance(layer, nn.Linear):
-            raise UserError(f"the head {learner.head!r} is a {type(layer).__name__}; this method needs a linear layer")
+            raise UserError(
+                f"the head {learner.head!r} is a {type(layer).__name__}; this method needs a linear layer, name one with head="
+            )
+
+    def check(self, learner: Learner) -> None:
+        self.check_layer(learner)
         if not self._names(learner) <= set(learner.adapted_names):
             missing = ", ".join(sorted(self._names(learner) - set(learner.adapted_names)))
-            raise UserError(
-                f"this method sets the head for each task, but {missing} is not in adapts={learner.adapts!r}; add it"
-            )
+            raise UserError(f"this method sets the head for each task, but {missing} does not adapt; add it to adapts")
 
     def _names(self, learner: Learner) -> set[str]:
         return {f"{learner.head}.{name}" for name, _ in learner.model.get_submodule(learner.head).named_parameters()}
@@ -51,23 +54,17 @@ class Head:
 @dataclass(frozen=True)
 class Prototypes(Head):
     """The head whose logits are, up to a constant, the negative squared distances to the class means c of the support
-    embeddings: weight 2 c, bias -|c|^2 (Snell et al. 2017, equation 8; Triantafillou et al. 2020, section 3.1).
-
-    `normalize` takes embeddings of length 1 (to the head, the query embeddings stay as they are). Raises UserError for
-    targets that are no classes, and for a head without a bias.
+    embeddings: weight 2 c, bias -|c|^2 (Snell et al. 2017, section 2.4; Triantafillou et al. 2020, "Proto-MAML"). Raises
+    UserError for targets that are no classes, and for a head without a bias.
     """
-
-    normalize: bool = False
 
     def check(self, learner: Learner) -> None:
         super().check(learner)
         if f"{learner.head}.bias" not in self._names(learner):
-            raise UserError(f"prototypes need a head with a bias, but {learner.head!r} has none")
+            raise UserError(f"prototypes need a head with a bias, but {learner.head!r} has none; build it with bias=True")
 
     def __call__(self, learner: Learner, meta: Meta, support: Batch) -> Params:
         features, classes = _embedded(learner, meta, support)
-        if self.normalize:
-            features = F.normalize(features, dim=-1)
         means = classes.T @ features / classes.sum(0).clamp(min=1).unsqueeze(1)
         return self._filled(learner, meta, 2 * means, -means.square().sum(1))
 
@@ -76,10 +73,14 @@ class Prototypes(Head):
 class Ridge(Head):
     """The head that solves ridge regression from support embeddings X to one-hot classes Y, in its dual form
     W = X' (X X' + lambda I)^-1 Y, scaled and shifted: logits alpha x W + beta; lambda, alpha and beta are learned, the first
-    two as logarithms (R2-D2, Bertinetto et al. 2019, equations 4 to 6)."""
+    two as logarithms (R2-D2, Bertinetto et al. 2019, section 3.2)."""
 
     lam: float = 1.0
     scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.lam > 0 and self.scale > 0):
+            raise UserError(f"lambda starts at {self.lam} and alpha at {self.scale}; give positive numbers")
 
     def learned(self, learner: Learner, params: Params) -> Params:
         values = next(iter(params.values())).new_tensor([self.lam, self.scale]).log()
@@ -96,7 +97,7 @@ class Ridge(Head):
 @dataclass(frozen=True)
 class SharedHead(Head):
     """Every row of the head starts from one shared vector, the mean of the meta-learned rows, so the labels' order cannot
-    matter (UNICORN-MAML, Ye & Chao 2022, section 5). The rows of the parameter only matter through their mean."""
+    matter (UNICORN-MAML, Ye & Chao 2022). The rows of the parameter only matter through their mean."""
 
     def __call__(self, learner: Learner, meta: Meta, support: Batch) -> Params:
         return learner.adapted(meta.params) | {

@@ -118,7 +118,8 @@ def _records(
 def _name_unmoved(learner: Learner, grads: Meta) -> None:
     unmoved = [name for tree in grads for name, g in tree.items() if not g.any()]
     if unmoved:
-        log.info("%s: no gradient reaches %s; the outer loop leaves them as they are", learner.name, ", ".join(unmoved))
+        so = "" if learner.phases else "; the outer loop leaves them as they are"
+        log.info("%s: in the first iteration no gradient reaches %s%s", learner.name, ", ".join(unmoved), so)
 
 
 def _not_finite(iteration: int, tasks: int, task_loss: torch.Tensor) -> NotFinite:

@@ -5,7 +5,6 @@ them or not.
 """
 
 import copy
-import importlib.util
 import re
 from collections.abc import Callable
 from itertools import pairwise
@@ -19,7 +18,7 @@ from toolkit.errors import UserError
 from toolkit.tree import Selection, matches
 
 Layer = nn.Linear | nn.Conv2d
-Norm = nn.BatchNorm2d | nn.GroupNorm | nn.InstanceNorm2d
+Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.GroupNorm | nn.InstanceNorm2d
 
 
 class Lora(nn.Module):
@@ -74,24 +73,24 @@ class Context(nn.Module):
         y, change = self.layer(x), self.generate(self.context)
         if not self.film:
             return y + change  # type: ignore[no-any-return]
-        scale, shift = change.view(2, -1, 1, 1)
+        scale, shift = change.view(2, -1, *[1] * (y.dim() - 2))
         return y * (1 + scale) + shift  # type: ignore[no-any-return]
 
 
 class Attention(nn.Module):
     """A head that attends to remembered examples: log of the softmax over cosine similarities times `values` (Vinyals et al.
-    2016, equations 1 and 2). `keys` (examples, features) and `values` (examples, classes) are filled by the start `Memory`;
-    `temperature` is learned in logarithm (departure: the paper has 1)."""
+    2016, section 2.1). `keys` (examples, features) and `values` (examples, classes) are filled by the start `Memory`. The
+    similarities are multiplied by a learned factor, 10 at first (departure: the paper has 1)."""
 
     def __init__(self, ways: int, features: int) -> None:
         super().__init__()
         self.keys = nn.Parameter(torch.zeros(ways, features))
         self.values = nn.Parameter(torch.eye(ways))
-        self.log_temperature = nn.Parameter(torch.tensor(10.0).log())
+        self.log_scale = nn.Parameter(torch.tensor(10.0).log())
 
     def forward(self, x: Tensor) -> Tensor:
         similar = F.normalize(x, dim=-1) @ F.normalize(self.keys, dim=-1).T
-        share = (similar * self.log_temperature.exp()).softmax(-1) @ self.values
+        share = (similar * self.log_scale.exp()).softmax(-1) @ self.values
         return share.clamp(min=torch.finfo(share.dtype).tiny).log()
 
 
@@ -103,9 +102,14 @@ def lora(model: nn.Module, rank: int = 4, layers: Selection = "*", peft: bool | 
         raise UserError(f"adapters of rank {rank}; give rank 1 or more")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        if not (importlib.util.find_spec("peft") is not None if peft is None else peft):
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError:
+            if peft:
+                raise UserError("the adapters of peft need it; run pip install peft, or use peft=False") from None
+            peft = False
+        if peft is False:
             return _replaced(model, layers, lambda name, layer: Lora(layer, rank, 1.0))
-        from peft import LoraConfig, inject_adapter_in_model
 
         targets = _chosen(model, layers)
         trained = {id(p) for p in model.parameters() if p.requires_grad}
@@ -131,9 +135,8 @@ def warped(model: nn.Module, head: str = "head") -> nn.Module:
 
 def with_context(model: nn.Module, size: int | None = None, layer: str | None = None, seed: int = 0) -> nn.Module:
     """A copy whose layer `layer` listens to `size` context parameters, `<layer>.context`: by default 100 on feature maps and 5
-    elsewhere. By default the third convolution, or
-    the first layer of a network without (both as in Zintgraf et al. 2019, sections 5.1 and 5.2); where normalisation follows
-    the convolution, the layer is that one, since it would undo what comes before it."""
+    elsewhere. The layer is by default the third convolution, or the first layer of a network without (both as in Zintgraf et
+    al. 2019, section 5); where normalisation follows, it is that one, since it would undo what comes before it."""
     if size is not None and size < 1:
         raise UserError(f"{size} context parameters; give at least 1")
     able = {
