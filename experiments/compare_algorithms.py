@@ -58,7 +58,7 @@ SINUSOID = Setting(
         "fomaml": {},
         "imaml": {"inner_steps": 10, "inner_lr": 0.05},
         "reptile": {"inner_steps": 5, "inner_lr": 0.02, "inner_batch": 5, "meta_lr": 0.5},
-        "maml_plus_plus": {"inner_steps": 5},
+        "maml_plus_plus": {"inner_steps": 3, "meta_clip": 10.0},
         "anil": {"inner_steps": 5, "inner_lr": 0.05},
         "boil": {},
         "cavia": {"inner_lr": 1.0},

@@ -97,6 +97,26 @@ REFUSED: dict[str, tuple[Any, list[str], str]] = {
         ["--algorithm", "imaml", "--method", "cg_steps=0"],
         "0 steps of conjugate gradient give",
     ),
+    "setting of another kind": (
+        sinusoid,
+        ["--algorithm", "imaml", "--method", "cg_steps=2.5"],
+        "--method cg_steps=2.5: cg_steps of imaml is a whole number; give one",
+    ),
+    "plain descent at Adam's rate": (
+        sinusoid,
+        ["--algorithm", "reptile"],
+        "reptile moves by plain descent, where --meta-lr 0.001",
+    ),
+    "order of a method with its own": (
+        sinusoid,
+        ["--algorithm", "maml_plus_plus", "--order", "first"],
+        "maml_plus_plus leaves no choice of order",
+    ),
+    "learned loss in first order": (
+        sinusoid,
+        ["--algorithm", "metal", "--order", "first"],
+        "a learned inner loss gets no gradient in first order; use order second",
+    ),
     "order": (sinusoid, ["--order", "third"], "unknown order 'third'"),
     "truncated": (sinusoid, ["--order", "truncated:4"], "the last 4 of 1 inner steps cannot be of second order"),
     "annealed": (sinusoid, ["--order", "annealed:2"], "give the fraction of the training"),
@@ -105,7 +125,7 @@ REFUSED: dict[str, tuple[Any, list[str], str]] = {
     "inner clip": (sinusoid, ["--inner-clip", "0"], "the inner gradient's longest length is 0.0"),
     "outer clip": (sinusoid, ["--meta-clip", "-1"], "the meta-gradient's longest length is -1.0"),
     "label orders": (sinusoid, ["--permutations", "4"], "--permutations 4 needs classes"),
-    "backend": (sinusoid, ["--algorithm", "reptile", "--backend", "learn2learn"], "learn2learn cannot compute reptile"),
+    "backend": (sinusoid, ["--algorithm", "imaml", "--backend", "learn2learn"], "learn2learn cannot compute imaml"),
 }
 
 
@@ -152,7 +172,8 @@ def test_a_short_run_fills_its_folder(
     monkeypatch.setattr(omniglot, "omniglot", tiny_bank)
     monkeypatch.setattr(quickstart, "glyphs", tiny_bank)
     out = tmp_path / "run"
-    start(module, monkeypatch, *SHORT, "--no-compile", "--out", str(out), "--algorithm", algorithm)
+    more = ["--meta-lr", "0.5"] if algorithm == "reptile" else []
+    start(module, monkeypatch, *SHORT, "--no-compile", "--out", str(out), "--algorithm", algorithm, *more)
     picture = "fits" if module is sinusoid else "task"
     names = {path.name for path in out.iterdir()}
     assert ("rates.png" in names) == (algorithm in ("meta_sgd", "maml_plus_plus"))
