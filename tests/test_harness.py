@@ -689,10 +689,16 @@ def test_the_outer_loop_of_the_flags_takes_the_place_of_the_methods_own_field_by
     assert learner_of().outer == Outer()
     chosen = {"meta_optimizer": "sgd", "meta_schedule": "cosine", "meta_clip": 0.5}
     assert learner_of(**chosen).outer == Outer("sgd", "cosine", 0.5)
-    assert learner_of(algorithm="reptile").outer == Outer("sgd", "linear")
-    assert learner_of(algorithm="reptile", meta_clip=0.5).outer == Outer("sgd", "linear", 0.5)
-    assert learner_of(algorithm="reptile", meta_schedule="constant").outer == Outer("sgd", "constant")
+    reptile = {"algorithm": "reptile", "meta_lr": 0.5}
+    assert learner_of(**reptile).outer == Outer("sgd", "linear")
+    assert learner_of(**reptile, meta_clip=0.5).outer == Outer("sgd", "linear", 0.5)
+    assert learner_of(**reptile, meta_schedule="constant").outer == Outer("sgd", "constant")
     assert learner_of(algorithm="maml_plus_plus", meta_optimizer="adam").outer == Outer("adam", "cosine")
+
+
+def test_what_pretrains_has_the_outer_loop_of_the_flags_too() -> None:
+    flags = omniglot.Config(algorithm="linear_probe", head="5", meta_clip=0.5, meta_schedule="cosine")
+    assert build(flags, convolutional(), classes=7).pretrain.outer == Outer("adam", "cosine", 0.5)
 
 
 def test_batch_norm_and_head_of_the_flags_are_those_of_the_learner() -> None:

@@ -37,9 +37,11 @@ def test_every_comparison_is_the_one_of_its_runs(folder: str) -> None:
     for row in rows:
         summaries = [Run(place / f"{row['method']}-seed{seed}").summary for seed in range(row["seeds"])]
         assert len({summary["task_list_hash"] for summary in summaries}) == 1
-        means = np.mean([summary["test"]["mean"] for summary in summaries], axis=0)
-        if all(value == 1 for summary in summaries for value in summary["test"]["finite"]):
-            assert row["mean"] == pytest.approx(means.tolist(), abs=2e-6, rel=1e-5)
+        means = np.array([summary["test"]["mean"] for summary in summaries], dtype=float).mean(0)
+        whole = np.array([summary["test"]["finite"] for summary in summaries]).min(0) == 1
+        assert whole[: row["trained_steps"] + 1].all(), "a result in the table lost a task"
+        found = np.array(row["mean"], dtype=float)
+        assert found[whole] == pytest.approx(means[whole], abs=2e-6, rel=1e-5)
         for seed in range(row["seeds"]):
             run = Run(place / f"{row['method']}-seed{seed}")
             assert run.summary["config_hash"] == config_hash(run.config) and row["method"].startswith(run.config["algorithm"])

@@ -145,7 +145,7 @@ def build(flags: Flags, model: nn.Module, classes: int | None = None, **given: A
     learner = algorithms.build(flags.algorithm, model, classes, **given, **settings(flags.algorithm, flags.method))
     outer: dict[str, Any] = {"optimizer": flags.meta_optimizer, "schedule": flags.meta_schedule, "clip": flags.meta_clip}
     learner = replace(learner, outer=replace(learner.outer, **{k: v for k, v in outer.items() if v is not None}))
-    if learner.outer.optimizer == "sgd" and flags.meta_lr == type(flags)().meta_lr:
+    if learner.outer.optimizer == "sgd" and not flags.meta_optimizer and flags.meta_lr == type(flags)().meta_lr:
         raise UserError(
             f"{learner.name} moves by plain descent, where --meta-lr {flags.meta_lr} is next to nothing; give one, such as 0.5"
         )
@@ -154,8 +154,8 @@ def build(flags: Flags, model: nn.Module, classes: int | None = None, **given: A
     return replace(learner, rule=Clip(learner.rule, flags.inner_clip)) if flags.inner_clip is not None else learner
 
 
-# Of settings that are None by default.
-KINDS: dict[str, tuple[type, ...]] = {"context": (int,), "layer": (str,), "peft": (bool,)}
+# Of settings whose default does not show their kind.
+KINDS: dict[str, tuple[type, ...]] = {"context": (int,), "layer": (str,), "peft": (bool,), "layers": (tuple, str)}
 
 
 def settings(name: str, pairs: Sequence[str]) -> dict[str, Any]:
@@ -176,7 +176,7 @@ def settings(name: str, pairs: Sequence[str]) -> dict[str, Any]:
             found[key] = literal_eval(text)
         except (ValueError, SyntaxError):
             found[key] = text
-        if type(found[key]) not in kinds:
+        if type(found[key]) not in kinds and found[key] != own[key]:
             wanted = {int: "a whole number", float: "a number", bool: "True or False", str: "a name"}[kinds[-1]]
             raise UserError(f"--method {key}={text}: {key} of {name} is {wanted}; give one")
     return found

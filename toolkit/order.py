@@ -22,7 +22,9 @@ def with_order(learner: Learner, order: str) -> Learner:
     Raises UserError for another word, and for more steps than the learner takes.
     """
     kind, colon, number = str(order).partition(":")
-    if kind not in {known.partition(":")[0] for known in ORDERS} or bool(colon) != (kind in ("truncated", "annealed")):
+    if kind not in {known.partition(":")[0] for known in ORDERS} or {bool(colon), bool(number)} != {
+        kind in ("truncated", "annealed")
+    }:
         raise unknown("order", str(order), ORDERS)
     if kind == "first":
         return replace(learner, order=0)
