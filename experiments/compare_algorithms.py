@@ -24,6 +24,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from toolkit.algorithms import METHODS
 from toolkit.errors import UserError, unknown
 from toolkit.files import replace
 from toolkit.flags import launch
@@ -38,6 +39,10 @@ FAMILIES = {
     "the head by the support set": ("proto_maml", "unicorn_maml", "r2d2", "protonet", "matching_net"),
     "no meta-learning": ("joint", "fine_tune", "linear_probe", "nearest_centroid"),
 }
+REGRESSION = (
+    "maml", "fomaml", "imaml", "reptile", "maml_plus_plus", "anil", "boil", "cavia", "lora_maml", "meta_sgd", "alfa", "metal",
+    "meta_curvature", "kfo", "warp_grad", "joint",
+)  # fmt: skip
 Options = dict[str, object]
 
 
@@ -53,51 +58,24 @@ class Setting:
 SINUSOID = Setting(
     "sinusoid.py",
     {"iterations": 10_000, "inner_lr": 0.01, "inner_steps": 1, "val_tasks": 200, "validate_every": 2_000, "no_compile": True},
-    {
-        "maml": {},
-        "fomaml": {},
+    {method: {} for method in REGRESSION}
+    | {
         "imaml": {"inner_steps": 10, "inner_lr": 0.05},
         "reptile": {"inner_steps": 5, "inner_lr": 0.02, "inner_batch": 5, "meta_lr": 0.5},
         "maml_plus_plus": {"inner_steps": 3, "meta_clip": 10.0},
         "anil": {"inner_steps": 5, "inner_lr": 0.05},
-        "boil": {},
         "cavia": {"inner_lr": 1.0},
         "lora_maml": {"inner_lr": 0.02, "inner_steps": 5},
-        "meta_sgd": {},
-        "alfa": {},
-        "metal": {},
-        "meta_curvature": {},
-        "kfo": {},
-        "warp_grad": {},
-        "joint": {},
     },
 )
-IMAGES: dict[str, Options] = {
-    "maml": {},
-    "fomaml": {},
+IMAGES: dict[str, Options] = {method: {} for method in METHODS} | {
     "imaml": {"inner_steps": 8, "inner_lr": 0.1},
     "reptile": {"inner_steps": 5, "inner_lr": 0.05, "train_shots": 5, "inner_batch": 10, "meta_lr": 0.5},
     "maml_plus_plus": {"inner_steps": 3},
     "maml_plus_plus-batch": {"algorithm": "maml_plus_plus", "inner_steps": 3, "batch_norm": "per_step_batch"},
-    "anil": {},
-    "boil": {},
     "cavia": {"inner_steps": 3, "inner_lr": 3.0},
-    "lora_maml": {},
-    "meta_sgd": {},
-    "alfa": {},
-    "metal": {},
-    "meta_curvature": {},
-    "kfo": {},
-    "warp_grad": {},
     "proto_maml": {"inner_lr": 0.05},
-    "unicorn_maml": {},
-    "r2d2": {},
-    "protonet": {},
-    "matching_net": {},
-    "joint": {},
     "fine_tune": {"inner_lr": 0.05},
-    "linear_probe": {},
-    "nearest_centroid": {},
 }
 OMNIGLOT: Options = {
     "model": "conv4-32", "map": "vmap", "iterations": 1_000, "validate_every": 500, "val_tasks": 200, "eval_tasks": 600,
