@@ -13,16 +13,11 @@ tasks. `--preset quick` takes 1,500 iterations. Expected numbers and their cost:
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from toolkit.data.omniglot import omniglot
-from toolkit.errors import unknown
 from toolkit.experiment import run
-from toolkit.flags import EpisodeFlags, build, launch
-from toolkit.models import classifier
-from toolkit.samplers import AllClasses, Episodes
+from toolkit.flags import EpisodeFlags, launch
+from toolkit.parts import assemble
 
-PROTOCOLS = {"omniglot-vinyals": "vinyals", "omniglot-background": "background"}
 PRESETS = {"paper": {"iterations": 60_000}, "quick": {"iterations": 1_500, "validate_every": 250}}
 
 
@@ -39,24 +34,11 @@ class Config(EpisodeFlags):
     val_tasks: int = 200
     eval_tasks: int = 1_000
     compile: bool = True
-    data_root: Path = Path("data")
 
 
 def main(config: Config) -> None:
-    if config.sampler not in PROTOCOLS:
-        raise unknown("sampler", config.sampler, PROTOCOLS)
-
-    def episodes(split: str, queries: int, shots: int = config.shots) -> Episodes:
-        bank = omniglot(split, config.data_root, PROTOCOLS[config.sampler], download=config.download)
-        return Episodes(bank, config.ways, shots, queries)
-
-    training = episodes("train", config.queries, config.train_shots or config.shots)
-    characters = AllClasses(training.bank, config.ways * (training.shots + training.queries))
-    learner = build(config, classifier(config.model, config.ways, config.seed), characters.bank.classes)
-    run(
-        config, "omniglot", learner, training, episodes("val", config.eval_queries),
-        episodes("test", config.eval_queries), chance=1 / config.ways, pretraining=characters,
-    )  # fmt: skip
+    config, learner, tasks = assemble(config)
+    run(config, "omniglot", learner, *tasks)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,9 @@ training never saw; one minute of training on two CPU cores.
 
 from dataclasses import dataclass
 
-from toolkit.data.glyphs import glyphs
-from toolkit.errors import unknown
 from toolkit.experiment import run
-from toolkit.flags import EpisodeFlags, build, launch
-from toolkit.models import classifier
-from toolkit.samplers import AllClasses, Episodes
+from toolkit.flags import EpisodeFlags, launch
+from toolkit.parts import assemble
 
 
 @dataclass(frozen=True)
@@ -36,19 +33,8 @@ class Config(EpisodeFlags):
 
 
 def main(config: Config) -> None:
-    if config.sampler != "glyphs":
-        raise unknown("sampler", config.sampler, ["glyphs"])
-
-    def episodes(split: str, queries: int, shots: int = config.shots) -> Episodes:
-        return Episodes(glyphs(split), config.ways, shots, queries)
-
-    training = episodes("train", config.queries, config.train_shots or config.shots)
-    characters = AllClasses(training.bank, config.ways * (training.shots + training.queries))
-    learner = build(config, classifier(config.model, config.ways, config.seed), characters.bank.classes)
-    run(
-        config, "quickstart", learner, training, episodes("val", config.eval_queries),
-        episodes("test", config.eval_queries), chance=1 / config.ways, pretraining=characters,
-    )  # fmt: skip
+    config, learner, tasks = assemble(config)
+    run(config, "quickstart", learner, *tasks)
 
 
 if __name__ == "__main__":

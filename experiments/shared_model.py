@@ -206,7 +206,7 @@ def sub_tasks(config: Config, split: str, number: int | None = None) -> SubTasks
 def _loader(config: Config, bank: ClassBank, names: list[str]) -> DataLoader[Any]:
     chosen = bank.select([bank.names.index(name) for name in names])
     labels = torch.arange(CLASSES).repeat_interleave(chosen.sizes)
-    return DataLoader(TensorDataset(as_input(chosen.items), labels), config.batch, shuffle=True)
+    return DataLoader(TensorDataset(as_input(chosen.read(torch.arange(chosen.entries))), labels), config.batch, shuffle=True)
 
 
 def few_shot(config: Config, tasks: SubTasks, more: int = 0) -> Loaders:

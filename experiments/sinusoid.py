@@ -13,12 +13,9 @@ the time. Expected numbers and their cost: results/README.md.
 
 from dataclasses import dataclass
 
-from toolkit.errors import unknown
 from toolkit.experiment import run
-from toolkit.flags import Flags, build, launch
-from toolkit.metrics import squared_error
-from toolkit.models import regressor
-from toolkit.samplers import Sinusoid
+from toolkit.flags import Flags, launch
+from toolkit.parts import assemble
 
 PRESETS = {"quick": {"iterations": 10_000}}
 
@@ -43,11 +40,8 @@ class Config(Flags):
 
 
 def main(config: Config) -> None:
-    if config.sampler != "sinusoid":
-        raise unknown("sampler", config.sampler, ["sinusoid"])
-    learner = build(config, regressor(config.model, config.seed), loss=squared_error, metric=squared_error)
-    test = Sinusoid(config.shots, config.eval_queries)
-    run(config, "sinusoid", learner, Sinusoid(config.train_shots or config.shots, config.queries), test, test)
+    config, learner, tasks = assemble(config)
+    run(config, "sinusoid", learner, *tasks)
 
 
 if __name__ == "__main__":

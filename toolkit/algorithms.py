@@ -9,11 +9,12 @@ the last linear layer. Methods without inner steps take `inner_lr` and `inner_st
 
 from collections.abc import Callable
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 from torch import nn
 
-from toolkit.errors import UserError, unknown
+from toolkit.errors import UserError
 from toolkit.learned import Alfa, Preconditioned, TaskLoss
 from toolkit.learner import Learner, Loss
 from toolkit.metrics import accuracy, cross_entropy
@@ -22,6 +23,7 @@ from toolkit.objectives import EveryStep, Implicit, annealed_weights, last_step
 from toolkit.objectives import reptile as reptile_objective
 from toolkit.order import with_order
 from toolkit.outer import Outer
+from toolkit.plugins import resolve
 from toolkit.rules import SGD, Frozen, PerStep, Proximal, Rule
 from toolkit.starts import BlankHead, Memory, Prototypes, Ridge, SharedHead, inherited, zeros
 from toolkit.tree import Selection
@@ -224,16 +226,18 @@ def fine_tune(model: nn.Module, *, classes: int, name: str = "fine_tune", adapts
     return replace(maml(model, adapts=adapts, inner_steps=0, head=head, name=name, **shared), start=BlankHead(), pretrain=whole)
 
 
-def linear_probe(model: nn.Module, *, head: str = "head", name: str = "linear_probe", **shared: Any) -> Learner:
+def linear_probe(model: nn.Module, *, classes: int, head: str = "head", name: str = "linear_probe", **shared: Any) -> Learner:
     """As `fine_tune`, with the body frozen: only the new head learns ("Baseline" of Chen et al. 2019, section 3.1)."""
-    return fine_tune(model, adapts=f"{head}.*", head=head, name=name, **shared)
+    return fine_tune(model, classes=classes, adapts=f"{head}.*", head=head, name=name, **shared)
 
 
-def nearest_centroid(model: nn.Module, *, head: str = "head", name: str = "nearest_centroid", **shared: Any) -> Learner:
+def nearest_centroid(
+    model: nn.Module, *, classes: int, head: str = "head", name: str = "nearest_centroid", **shared: Any
+) -> Learner:
     """As `fine_tune`, judged by the distance to the class means of the support embeddings (Wang et al. 2019, "SimpleShot",
     without its centring and normalising). No steps."""
     shared = _without(name, shared, "rule", "inner_batch") | {"rule": Frozen(), "adapts": f"{head}.*"}
-    return replace(fine_tune(model, head=head, name=name, **shared), start=Prototypes())
+    return replace(fine_tune(model, classes=classes, head=head, name=name, **shared), start=Prototypes())
 
 
 def _stepless(model: nn.Module, head: str, name: str, shared: dict[str, Any], adapts: Selection | None = None) -> Learner:
@@ -272,16 +276,18 @@ METHODS: dict[str, Callable[..., Learner]] = {
 }  # fmt: skip
 
 
-PRETRAINED = ("fine_tune", "linear_probe", "nearest_centroid")
+PRETRAINED = tuple(name for name, method in METHODS.items() if "classes" in signature(method).parameters)
 
 
 def build(name: str, model: nn.Module, classes: int | None = None, **arguments: Any) -> Learner:
-    """The method called `name`; `classes` goes to those that pretrain on all training classes. Raises UserError for an unknown
-    name, and when there are no such classes."""
-    if name not in METHODS:
-        raise unknown("algorithm", name, METHODS)
-    if name not in PRETRAINED:
-        return METHODS[name](model, **arguments)
-    if classes is None:
-        raise UserError(f"{name} pretrains on all training classes, but these tasks have none; use a method such as joint")
-    return METHODS[name](model, classes=classes, **arguments)
+    """The method called `name` (see `toolkit.plugins`); `classes` goes to those that pretrain on all training classes. Raises
+    UserError for an unknown name, when there are no such classes, and when it makes something else than a learner."""
+    method = resolve(name, "algorithms")
+    if "classes" in signature(method).parameters:
+        if classes is None:
+            raise UserError(f"{name} pretrains on all training classes, but these tasks have none; use a method such as joint")
+        arguments["classes"] = classes
+    learner = method(model, **arguments)
+    if not isinstance(learner, Learner):
+        raise UserError(f"{name} made a {type(learner).__name__}; an algorithm is a function from a model to a Learner")
+    return learner

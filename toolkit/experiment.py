@@ -17,6 +17,7 @@ import torch
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
+from toolkit import plugins
 from toolkit.backend import backend
 from toolkit.engine import Plan, default_plan
 from toolkit.errors import UserError
@@ -26,6 +27,7 @@ from toolkit.learner import Learner, Meta
 from toolkit.runs import checkpoint
 from toolkit.runs.folder import Run, config_hash, prepare, write_json
 from toolkit.runs.journal import Journal, rates
+from toolkit.runs.loggers import loggers
 from toolkit.runs.summary import code_version, summarise, table
 from toolkit.task import TaskSampler, draw, move, take
 from toolkit.train import Gradient, NotFinite, Record, State, train
@@ -80,6 +82,8 @@ def run(
     plan = _plan(flags, trainee, source) if flags.backend == "toolkit" else Plan("loop")
     gradient = backend(flags.backend)
     gradient(trainee, plan)  # refuses what it cannot compute, before anything is written
+    for name in flags.logger:
+        plugins.resolve(name, "loggers")
     folder = flags.out or Path("results") / experiment / flags.run_name
     finished = prepare(folder, config, flags.resume, flags.overwrite)
     by = "" if flags.backend == "toolkit" else f", meta-gradient by {flags.backend}, task by task"
@@ -168,8 +172,10 @@ def _train(job: Job) -> Outcome:
     # A checkpoint is read onto the CPU, and training stays on the device of its parameters.
     state = State(saved["iteration"], Meta(**move(saved["meta"], flags.device)), saved["optimizer"]) if saved else None
     selected = saved.get("selected", {})
-    journal = Journal(job.folder / "metrics.jsonl", flags.iterations, saved.get("metrics_bytes", 0), saved.get("seconds", 0.0))
     done = state.iteration if state else 0
+    sinks = loggers(flags.logger, job.folder, Run(job.folder).config, done)
+    size, seconds = saved.get("metrics_bytes", 0), saved.get("seconds", 0.0)
+    journal = Journal(job.folder / "metrics.jsonl", flags.iterations, size, seconds, sinks)
     if done:
         log.info("going on after iteration %d", done)
 

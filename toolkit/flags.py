@@ -1,8 +1,8 @@
 """The command line: flags that all experiments share, presets, and errors as one sentence."""
 
 import logging
+import re
 import sys
-from ast import literal_eval
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from toolkit import algorithms
+from toolkit import algorithms, plugins
 from toolkit.errors import UserError, unknown
 from toolkit.learner import Learner
+from toolkit.metrics import accuracy, cross_entropy
 from toolkit.rule_line import parse
 from toolkit.rules import Clip
 
@@ -29,11 +30,14 @@ class Flags:
     """Flags that every experiment shares, under the same names."""
 
     algorithm: str = "maml"
-    """Method: one of the table in ARCHITECTURE.md, such as maml, reptile or protonet."""
+    """Method: one of `toolkit list algorithms`, such as maml, reptile or protonet, or your own: module:NAME or file.py:NAME."""
     sampler: str = ""
-    """Where the tasks come from."""
+    """Where the tasks come from: one of `toolkit list samplers`, a dataset (N-way K-shot episodes of it), or your own as above; its
+    settings follow as in --sampler.gap 3."""
+    dataset: str | None = None
+    """Dataset for a sampler that draws from one: one of `toolkit list datasets` or your own as above, with --dataset.KEY."""
     model: str = "conv4"
-    """Network."""
+    """Network: one of `toolkit list models`, or your own as above, with --model.KEY."""
     shots: int = 1
     """Support examples (per class)."""
     train_shots: int | None = None
@@ -55,7 +59,16 @@ class Flags:
     inner_clip: float | None = None
     """Longest inner gradient of a task (Euclidean); longer ones are scaled down."""
     method: tuple[str, ...] = ()
-    """Settings that only this method has, such as lam=0.5 cg_steps=10 (imaml), rank=8 (lora_maml), context=10 (cavia)."""
+    """Settings that only this method has, such as lam=0.5 cg_steps=10 (imaml), rank=8 (lora_maml), context=10 (cavia); also
+    written --algorithm.lam 0.5."""
+    sampler_args: tuple[str, ...] = ()
+    """What --sampler.gap 3 stands for: gap=3."""
+    dataset_args: tuple[str, ...] = ()
+    """The same for --dataset.KEY."""
+    model_args: tuple[str, ...] = ()
+    """The same for --model.KEY."""
+    logger: tuple[str, ...] = ()
+    """Where the rows of metrics.jsonl also go: some of `toolkit list loggers`, or your own as above."""
     head: str = "head"
     """Name of the model's last linear layer, for the methods that treat it apart."""
     meta_lr: float = 1e-3
@@ -110,7 +123,13 @@ class Flags:
     @property
     def run_name(self) -> str:
         """The run folder's default name."""
-        return f"{self.algorithm}-{self.sampler}-{self.shots}s-seed{self.seed}"
+        return f"{self._from}-{self.shots}s-seed{self.seed}"
+
+    @property
+    def _from(self) -> str:
+        """Method and tasks: the names of files without their folder, and nothing that a folder cannot be called."""
+        parts = [self.algorithm, self.sampler, *([self.dataset] if self.dataset else [])]
+        return "-".join(re.sub(r"[^\w.]+", "-", Path(part).name.replace(".py:", ":")) for part in parts)
 
 
 @dataclass(frozen=True)
@@ -119,6 +138,12 @@ class EpisodeFlags(Flags):
 
     ways: int = 5
     """Classes per task."""
+    train_ways: int | None = None
+    """Classes per task in training; by default as many as --ways. The model has outputs for the larger number."""
+    augment: Literal["none", "crop-flip"] = "none"
+    """What happens to the images of training tasks: crop-flip, a random crop after padding by an eighth, and a random flip."""
+    support_copies: int = 0
+    """Augmented copies of each support image that validation and test tasks get beside it, by crop-flip."""
     batch_norm: str | None = None
     """Batch-norm policy: batch, per_step_batch (both transductive), support, running, per_step; by default the method's own."""
     data_root: Path = Path("data")
@@ -128,7 +153,7 @@ class EpisodeFlags(Flags):
 
     @property
     def run_name(self) -> str:
-        return f"{self.algorithm}-{self.sampler}-{self.ways}w{self.shots}s-seed{self.seed}"
+        return f"{self._from}-{self.ways}w{self.shots}s-seed{self.seed}"
 
 
 F = TypeVar("F", bound="DataclassInstance")
@@ -150,7 +175,9 @@ def build(flags: Flags, model: nn.Module, classes: int | None = None, **given: A
             f"{learner.name} moves by plain descent, where --meta-lr {flags.meta_lr} is next to nothing; give one, such as 0.5"
         )
     if learner.pretrain:
-        learner = replace(learner, pretrain=replace(learner.pretrain, outer=learner.outer))
+        # All classes at once, whatever loss the few of a task have.
+        whole = {"loss": cross_entropy, "metric": accuracy, "outer": learner.outer}
+        learner = replace(learner, pretrain=replace(learner.pretrain, **whole))
     return replace(learner, rule=Clip(learner.rule, flags.inner_clip)) if flags.inner_clip is not None else learner
 
 
@@ -161,24 +188,20 @@ KINDS: dict[str, tuple[type, ...]] = {"context": (int,), "layer": (str,), "peft"
 def settings(name: str, pairs: Sequence[str]) -> dict[str, Any]:
     """Keyword arguments from texts such as "lam=0.5", for what only the method called `name` takes. Raises UserError for a text
     without "=", for what the method does not take, and for a value of another kind."""
-    if name not in algorithms.METHODS:
-        raise unknown("algorithm", name, algorithms.METHODS)
+    method = plugins.resolve(name, "algorithms")
     common = set(signature(algorithms.maml).parameters) | {"classes"}
-    parameters = signature(algorithms.METHODS[name]).parameters.values()
-    own = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in common}
-    found: dict[str, Any] = {}
-    for key, equals, text in (pair.partition("=") for pair in pairs):
-        if not equals or key not in own:
+    own = {
+        p.name: p.default for p in signature(method).parameters.values() if p.kind is p.KEYWORD_ONLY and p.name not in common
+    }
+    for pair in pairs:
+        if pair.partition("=")[0] not in own or "=" not in pair:
             known = ", ".join(own)
-            raise UserError(f"--method {key + equals + text}: {name} takes " + (f"{known}, as key=value" if known else "none"))
-        kinds = KINDS.get(key) or ((int, float) if type(own[key]) is float else (type(own[key]),))
-        try:
-            found[key] = literal_eval(text)
-        except (ValueError, SyntaxError):
-            found[key] = text
-        if type(found[key]) not in kinds and found[key] != own[key]:
-            wanted = {int: "a whole number", float: "a number", bool: "True or False", str: "a name"}[kinds[-1]]
-            raise UserError(f"--method {key}={text}: {key} of {name} is {wanted}; give one")
+            raise UserError(f"--method {pair}: {name} takes " + (f"{known}, as key=value" if known else "none"))
+    found = plugins.settings(pairs, "--method", method)
+    for key, value in found.items():
+        if key in KINDS and type(value) not in KINDS[key] and value != own[key]:
+            wanted = {int: "a whole number", bool: "True or False", str: "a name"}[KINDS[key][-1]]
+            raise UserError(f"--method {key}={value}: {key} of {name} is {wanted}; give one")
     return found
 
 
@@ -190,7 +213,7 @@ def launch(flags_type: type[F], body: Callable[[F], object], presets: dict[str, 
     log.setLevel(logging.INFO)
     try:
         default = replace(flags_type(), **_preset(presets, sys.argv[1:]))
-        flags = tyro.cli(flags_type, default=default, description=doc)
+        flags = tyro.cli(flags_type, default=default, description=doc, args=_undotted(sys.argv[1:]))
     except UserError as error:
         sys.exit(_say(error))
     try:
@@ -213,7 +236,7 @@ def check(flags: Flags) -> None:
     for name in (
         *counts,
         "permutations",
-        *(name for name in ("inner_batch", "train_shots") if getattr(flags, name) is not None),
+        *(name for name in ("inner_batch", "train_shots", "train_ways") if getattr(flags, name, None) is not None),
     ):
         if getattr(flags, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(flags, name)}; give at least 1")
@@ -233,6 +256,29 @@ def check(flags: Flags) -> None:
 def _say(error: UserError) -> int:
     print(f"error: {error}", file=sys.stderr)
     return 2
+
+
+DOTTED = {"sampler": "--sampler-args", "dataset": "--dataset-args", "model": "--model-args", "algorithm": "--method"}
+
+
+def _undotted(arguments: list[str]) -> list[str]:
+    """The arguments with each `--sampler.gap 3` or `--sampler.gap=3` as `gap=3` after `--sampler-args`, and so on."""
+    found: dict[str, list[str]] = {}
+    rest = list[str]()
+    words = iter(arguments)
+    for word in words:
+        place, dot, setting = word.removeprefix("--").partition(".")
+        if not (word.startswith("--") and dot and place in DOTTED):
+            rest.append(word)
+            continue
+        key, equals, value = setting.partition("=")
+        if not equals and (value := next(words, "--")).startswith("--"):
+            raise UserError(f"{word} has no value; write {word} VALUE")
+        found.setdefault(DOTTED[place], []).append(f"{key.replace('-', '_')}={value}")
+    for flag, pairs in found.items():
+        at = rest.index(flag) + 1 if flag in rest else len(rest)
+        rest[at:at] = pairs if flag in rest else [flag, *pairs]
+    return rest
 
 
 def _preset(presets: dict[str, dict[str, Any]], arguments: list[str]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ evaluation walks it further, every method of the family reads it in its own way.
 engine maps it over many.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -21,14 +20,13 @@ from toolkit.metrics import accuracy
 from toolkit.modules import copy_modules, select, without_head
 from toolkit.norms import Norms, batch_norms, check_policy
 from toolkit.outer import PLAIN, Outer
-from toolkit.task import Batch, Input, Task
+from toolkit.task import Batch, Input, Padded, Task, minibatch
 from toolkit.tree import Params, Selection, detach, under
 
 if TYPE_CHECKING:
     from toolkit.rules import Rule
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class Meta(NamedTuple):
@@ -214,8 +212,9 @@ class Learner:
             x = pytree.tree_map(lambda s, q: torch.cat([s, q]), support_x, x)
         if model is self.headless:
             params = {name: p for name, p in params.items() if not name.startswith(f"{self.head}.")}
+        x, real = x if isinstance(x, Padded) else (x, None)
         inputs = ((), x) if isinstance(x, dict) else ((x,), {})
-        with Norms(policy, first) as norms:
+        with Norms(policy, first, real) as norms:
             return functional_call(model, {**buffers, **params}, *inputs)[first:], norms, buffers
 
     def _statistics(self, meta: Meta, k: int) -> Params:
@@ -282,17 +281,3 @@ class Learner:
 @lru_cache(maxsize=8)
 def _phase(learner: Learner, index: int) -> Learner:
     return replace(learner, phases=(), **learner.phases[index][1])
-
-
-def minibatch(support: Batch, size: int | None, k: int) -> Batch:
-    """The examples of inner step `k`: the next `size` in an order that visits each once before any returns.
-
-    The order steps through the rows by about their golden section, so that a support set sorted by label comes well mixed.
-    """
-    total = support.y.shape[0]
-    if size is None or size >= total:
-        return support
-    ranked = sorted(range(total), key=lambda i: i * GOLDEN % 1)
-    order = sorted(range(total), key=ranked.__getitem__)
-    rows = [order[i % total] for i in range(k * size, (k + 1) * size)]
-    return pytree.tree_map(lambda tensor: tensor[rows], support)  # type: ignore[no-any-return]

@@ -1,4 +1,10 @@
-"""Losses and metrics of (prediction, y): scalars, the mean over the examples of one task."""
+"""Losses and metrics of (prediction, y): scalars, the mean over the examples of one task that have a label.
+
+Classes are numbered from 0; an example of a negative class (`task.IGNORED`) counts nowhere.
+"""
+
+from collections.abc import Callable
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -10,7 +16,8 @@ def accuracy(prediction: Tensor, y: Tensor) -> Tensor:
     """The fraction of right classes; `prediction` has shape (examples, classes), `y` (examples,)."""
     if y.is_floating_point():
         raise UserError("accuracy needs integer classes, but y holds floats; for regression pass metric=squared_error")
-    return (prediction.argmax(-1) == y).to(prediction.dtype).mean()
+    right = (prediction.argmax(-1) == y).to(prediction.dtype)
+    return right.sum() / (y >= 0).sum().clamp(min=1)
 
 
 def cross_entropy(prediction: Tensor, y: Tensor) -> Tensor:
@@ -23,3 +30,17 @@ def squared_error(prediction: Tensor, y: Tensor) -> Tensor:
     if prediction.shape != y.shape:
         raise UserError(f"prediction of shape {tuple(prediction.shape)} against y of shape {tuple(y.shape)}; make them equal")
     return (prediction - y).square().mean()
+
+
+def of_ways(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """The same loss or metric over classes 0 .. max(y) only: for tasks with fewer classes than the model has outputs.
+
+    It equals a model whose head ends at the task's last class, which `y` must therefore hold.
+    """
+
+    @wraps(function)
+    def restricted(prediction: Tensor, y: Tensor) -> Tensor:
+        beyond = torch.arange(prediction.shape[-1], device=y.device) > y.max()
+        return function(prediction.masked_fill(beyond, torch.finfo(prediction.dtype).min / 2), y)
+
+    return restricted

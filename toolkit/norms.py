@@ -39,11 +39,12 @@ TRANSDUCTIVE = ("batch", "per_step_batch")
 
 class Norms(TorchFunctionMode):
     """While active, replaces torch's batch, layer and instance norm. Batch norm follows `policy`; with `support_count` only
-    the first so many examples of a batch give its statistics. `seen` lists afterwards whether there was a batch norm."""
+    the first so many examples of a batch give its statistics, and with `real` (examples,) only those where it holds.
+    `seen` lists afterwards whether there was a batch norm."""
 
-    def __init__(self, policy: str, support_count: int | None = None) -> None:
+    def __init__(self, policy: str, support_count: int | None = None, real: Tensor | None = None) -> None:
         super().__init__()
-        self.policy, self.support_count = policy, support_count
+        self.policy, self.support_count, self.real = policy, support_count, real
         self.seen: list[tuple[Tensor | None, Tensor, Tensor]] = []
 
     def __torch_function__(
@@ -68,8 +69,8 @@ class Norms(TorchFunctionMode):
         if self.policy == "running" and running_mean is not None and running_var is not None:
             mean, variance = running_mean.view(shape), running_var.view(shape)
         else:
-            axes = [0, *range(2, input.dim())]
-            variance, mean = _statistics(input[: self.support_count], axes)
+            axes, part = [0, *range(2, input.dim())], input[: self.support_count]
+            variance, mean = _statistics(part, axes) if self.real is None else _weighted(part, axes, self.real)
         self.seen.append((running_mean, mean, variance))
         return _affine(input, mean, variance, eps, weight, bias, shape)
 
@@ -114,6 +115,20 @@ def _statistics(x: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
     """(variance, mean) over `axes`, in float32 at least: squares of half-precision numbers overflow."""
     x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     return torch.var_mean(x, axes, correction=0, keepdim=True)
+
+
+def _weighted(x: Tensor, axes: list[int], real: Tensor) -> tuple[Tensor, Tensor]:
+    """`_statistics` over the examples that are `real`, by multiplication: their number may differ from task to task of a vmap."""
+    if real.shape[0] < x.shape[0]:
+        raise UserError(
+            f"batch norm got {x.shape[0]} examples where the padded task has {real.shape[0]}; a model that splits its inputs "
+            "cannot take padded tasks"
+        )
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    weight = real[: x.shape[0]].to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+    total = weight.sum() * (x[0].numel() // x.shape[1])
+    mean = (x * weight).sum(axes, keepdim=True) / total
+    return ((x - mean).square() * weight).sum(axes, keepdim=True) / total, mean
 
 
 def check_policy(model: nn.Module, policy: str) -> None:

@@ -5,6 +5,7 @@ the three. So the meta-batch size, the number of processes and the point of a re
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -14,8 +15,21 @@ from torch.utils import _pytree as pytree
 
 from toolkit.errors import UserError
 
-Input = Tensor | dict[str, Tensor]
 T = TypeVar("T")
+# The label of an example that counts in no loss and no metric: padding, or one without a label. (torch's own ignore_index.)
+IGNORED = -100
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+class Padded(NamedTuple):
+    """Inputs of a task that was filled up to a common size: `x` of shape (examples, ...), and `real`, of shape (examples,) and
+    dtype bool, False for the filling, which batch norm then leaves out. Its label must be `IGNORED`."""
+
+    x: Tensor
+    real: Tensor
+
+
+Input = Tensor | Padded | dict[str, Tensor]
 
 
 class Batch(NamedTuple):
@@ -126,3 +140,21 @@ def fingerprint(tasks: Task, digest: "hashlib._Hash") -> None:
         for tensor in leaves:
             digest.update(f"{tensor.dtype}{tuple(tensor.shape[1:])}".encode())
             digest.update(tensor[i].reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
+def minibatch(support: Batch, size: int | None, k: int) -> Batch:
+    """The examples of inner step `k`: the next `size` in an order that visits each once before any returns.
+
+    The order steps through the rows by about their golden section, so that a support set sorted by label comes well mixed.
+    """
+    if size is None:
+        return support
+    if isinstance(support.x, Padded):
+        raise UserError(f"inner minibatches of {size} would mix filling with examples; leave inner_batch out for padded tasks")
+    total = support.y.shape[0]
+    if size >= total:
+        return support
+    ranked = sorted(range(total), key=lambda i: i * GOLDEN % 1)
+    order = sorted(range(total), key=ranked.__getitem__)
+    rows = [order[i % total] for i in range(k * size, (k + 1) * size)]
+    return pytree.tree_map(lambda tensor: tensor[rows], support)  # type: ignore[no-any-return]

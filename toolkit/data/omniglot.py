@@ -52,6 +52,20 @@ def omniglot(
     return with_rotations(bank) if rotations else bank
 
 
+def vinyals(
+    split: str, data_root: str | Path = "data", download: bool = False, rotations: bool = True, size: int = 28
+) -> ClassBank:
+    """Omniglot by the split of Vinyals et al. 2016: 1,028/172/423 characters over all alphabets, times four rotations."""
+    return omniglot(split, data_root, "vinyals", rotations, size, download)
+
+
+def background(
+    split: str, data_root: str | Path = "data", download: bool = False, rotations: bool = True, size: int = 28
+) -> ClassBank:
+    """Omniglot, Lake's background alphabets against his evaluation alphabets, times four rotations."""
+    return omniglot(split, data_root, "background", rotations, size, download)
+
+
 def _characters(split: str, protocol: str, whole: ClassBank) -> list[int]:
     if protocol == "vinyals":
         lists = json.loads((resources.files("toolkit.data") / "splits" / "omniglot_vinyals.json").read_text())[split]

@@ -1,34 +1,29 @@
-"""Small networks of the few-shot literature, by name. Any other `nn.Module` works as well."""
+"""Small networks of the few-shot literature. Any other `nn.Module` works as well.
 
-from collections.abc import Callable
+A model is made by a function or class that takes what it needs by name: `inputs`, the shape of one example; `outputs`, how many
+numbers to predict (also called `ways`); for square images `channels` and `size`; `seed`. Their short names are in setup.cfg.
+"""
+
+import math
 from functools import partial
 
 from torch import nn
 
-from toolkit.errors import unknown
+from toolkit.models.bag import bag
 from toolkit.models.big import BigModel
 from toolkit.models.conv4 import conv4
 from toolkit.models.mlp import mlp
 
-__all__ = ["CLASSIFIERS", "REGRESSORS", "BigModel", "classifier", "conv4", "mlp", "regressor"]
+__all__ = ["BigModel", "bag", "conv4", "conv4_32", "conv4_32_pool", "conv4_pool", "dense", "mlp"]
 
-CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
-    "conv4": conv4,
-    "conv4-pool": partial(conv4, pool=True),
-    "conv4-32": partial(conv4, width=32),
-}
-REGRESSORS: dict[str, Callable[..., nn.Module]] = {"mlp": mlp}
+conv4_pool = partial(conv4, pool=True)
+conv4_32 = partial(conv4, width=32)
+conv4_32_pool = partial(conv4, width=32, pool=True)
 
 
-def classifier(name: str, ways: int, seed: int) -> nn.Module:
-    """The image classifier called `name` with `ways` outputs. Raises UserError for an unknown name."""
-    if name not in CLASSIFIERS:
-        raise unknown("model", name, CLASSIFIERS)
-    return CLASSIFIERS[name](ways, seed=seed)
-
-
-def regressor(name: str, seed: int) -> nn.Module:
-    """The network called `name` from one number to one number. Raises UserError for an unknown name."""
-    if name not in REGRESSORS:
-        raise unknown("model", name, REGRESSORS)
-    return REGRESSORS[name](seed=seed)
+def dense(inputs: tuple[int, ...], outputs: int, seed: int = 0, width: int = 40, depth: int = 2) -> nn.Sequential:
+    """`mlp` from examples of shape `inputs` to `outputs` numbers, through `depth` layers of `width`."""
+    network = mlp((math.prod(inputs), *[width] * depth, outputs), seed)
+    if len(inputs) > 1:
+        network.insert(0, nn.Flatten())
+    return network

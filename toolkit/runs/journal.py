@@ -5,9 +5,11 @@ import logging
 import math
 import os
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from toolkit.learner import Meta
+from toolkit.runs.loggers import Row
 from toolkit.train import Record
 
 log = logging.getLogger("toolkit")
@@ -26,8 +28,10 @@ class Journal:
     had passed by then.
     """
 
-    def __init__(self, path: Path, iterations: int, size: int = 0, seconds: float = 0.0) -> None:
-        self.path, self.every = path, -(-iterations // ROWS)
+    def __init__(
+        self, path: Path, iterations: int, size: int = 0, seconds: float = 0.0, loggers: Iterable[Callable[[Row], object]] = ()
+    ) -> None:
+        self.path, self.every, self.loggers = path, -(-iterations // ROWS), list(loggers)
         self.window: list[Record] = []
         self.began = time.perf_counter() - seconds
         with open(path, "ab") as file:
@@ -70,6 +74,12 @@ class Journal:
         finite = {key: value for key, value in row.items() if math.isfinite(value)}
         with open(self.path, "a") as file:
             file.write(json.dumps(finite) + "\n")
+        for logger in list(self.loggers):
+            try:
+                logger(dict(finite))
+            except Exception as error:  # a sink is somebody else's code, and no reason to lose a run
+                self.loggers.remove(logger)
+                log.warning("the logger %s failed (%s: %s); going on without it", logger, type(error).__name__, error)
 
     def sync(self) -> None:
         """Makes sure that what was written is on the disk."""

@@ -32,9 +32,8 @@ class AllClasses:
         """One task per generator, stacked; equal to calling the sampler on each."""
         noise = torch.stack([torch.rand(2, 1 + self.queries, generator=g, dtype=torch.float64) for g in generators])
         classes = (noise[:, 0] * self.bank.classes).long()
-        rows = self.bank.first[classes] + (noise[:, 1] * self.bank.sizes[classes]).long()
-        return Task(self._batch(rows[:, :1], classes[:, :1]), self._batch(rows[:, 1:], classes[:, 1:]))
+        entries = self.bank.first[classes] + (noise[:, 1] * self.bank.sizes[classes]).long()
+        return Task(self._batch(entries[:, :1], classes[:, :1]), self._batch(entries[:, 1:], classes[:, 1:]))
 
-    def _batch(self, rows: Tensor, classes: Tensor) -> Batch:
-        x = self.bank.items[rows.reshape(-1)].view(*rows.shape, *self.bank.items.shape[1:])
-        return Batch(as_input(x), classes)
+    def _batch(self, entries: Tensor, classes: Tensor) -> Batch:
+        return Batch(as_input(self.bank.read(entries)), classes)

@@ -54,12 +54,12 @@ class Episodes:
         noise = torch.stack([torch.rand(numbers, generator=g, dtype=torch.float64) for g in generators])
         classes = distinct(noise[:, : self.ways], torch.tensor(self.bank.classes))
         inside = distinct(noise[:, self.ways :].view(-1, self.ways, each), self.bank.sizes[classes])
-        rows = self.bank.first[classes][..., None] + inside
-        return Task(self._batch(rows[..., : self.shots]), self._batch(rows[..., self.shots :]))
+        entries = self.bank.first[classes][..., None] + inside
+        return Task(self._batch(entries[..., : self.shots]), self._batch(entries[..., self.shots :]))
 
-    def _batch(self, rows: Tensor) -> Batch:
-        tasks, ways, count = rows.shape
-        x = self.bank.items[rows.reshape(-1)].view(tasks, ways * count, *self.bank.items.shape[1:])
+    def _batch(self, entries: Tensor) -> Batch:
+        tasks, ways, count = entries.shape
+        x = self.bank.read(entries.reshape(tasks, ways * count))
         return Batch(as_input(x), torch.arange(ways).repeat_interleave(count).repeat(tasks, 1))
 
 

@@ -1,0 +1,65 @@
+"""Sinks for the rows of metrics.jsonl, beside the file itself.
+
+A logger is made by a function or class that takes, by name, what it needs of `folder`, the run folder; `config`, the flags as a
+dict; and `start`, the iteration that the run goes on from. It is then called with every row: a dict of numbers, as in
+`Run.metrics`. One that raises is dropped with a warning, and training goes on.
+"""
+
+import csv
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from toolkit import plugins
+from toolkit.errors import UserError
+
+log = logging.getLogger("toolkit")
+Row = dict[str, float]
+COLUMNS = {
+    "training.csv": ("iteration", "loss", "metric", "seconds"),
+    "validation.csv": ("iteration", "val_loss", "val_metric", "val_ci95", "val_finite"),
+}
+
+
+class Csv:
+    """Training and validation rows as tables for a spreadsheet: training.csv and validation.csv in the run folder."""
+
+    def __init__(self, folder: Path, start: int = 0) -> None:
+        self.folder = folder
+        for name, columns in COLUMNS.items():
+            kept = []
+            if start and (folder / name).exists():
+                with open(folder / name, newline="") as file:
+                    kept = [row for row in csv.DictReader(file) if int(row["iteration"]) <= start]
+            with open(folder / name, "w", newline="") as file:
+                writer = csv.DictWriter(file, columns)
+                writer.writeheader()
+                writer.writerows(kept)
+
+    def __call__(self, row: Row) -> None:
+        for name, columns in COLUMNS.items():
+            if columns[1] in row:
+                with open(self.folder / name, "a", newline="") as file:
+                    csv.DictWriter(file, columns).writerow({key: row.get(key, "") for key in columns})
+
+
+class Console:
+    """Validation rows as lines of text."""
+
+    def __call__(self, row: Row) -> None:
+        if "val_loss" in row:
+            log.info("%s", "  ".join(f"{key} {value:.4g}" for key, value in row.items()))
+
+
+def loggers(names: Iterable[str], folder: Path, config: dict[str, Any], start: int) -> list[Callable[[Row], object]]:
+    """The loggers called `names` (see `toolkit.plugins`) for a run. Raises UserError for one that cannot be made."""
+    given = {"folder": folder, "config": config, "start": start}
+    found = []
+    for name in names:
+        target = plugins.resolve(name, "loggers")
+        logger = plugins.call(target, given, {}, f"--logger {name}")
+        if not callable(logger):
+            raise UserError(f"--logger {name} made a {type(logger).__name__}; a logger is called with each row, as logger(row)")
+        found.append(logger)
+    return found
