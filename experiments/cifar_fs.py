@@ -1,14 +1,14 @@
 """How well does a small network learn five new kinds of things from one colour photograph of each?
 
 Paper: Bertinetto, Henriques, Torr, Vedaldi, "Meta-learning with differentiable closed-form solvers", ICLR 2019, table 1, for
-CIFAR-FS, 5-way: MAML 58.9 +- 1.9 % (1-shot) and 71.5 +- 1.0 % (5-shot), ProtoNet 55.5 +- 0.7 % and 72.0 +- 0.6 %, by four blocks.
+CIFAR-FS, 5-way, four blocks: MAML 58.9 +- 1.9 % (1-shot) and 71.5 +- 1.0 % (5-shot), ProtoNet 55.5 +- 0.7 % and 72.0 +- 0.6 %.
 
     python experiments/cifar_fs.py --data-root data --download
     python experiments/cifar_fs.py --sampler cifar-fs-30 --algorithm protonet --shots 5 --data-root data
 
-`cifar-fs` has 600 images a class (torchvision's CIFAR-100). `cifar-fs-30` has 180, from `cifar100_fewshot.zip`: meta-training sees
-30 % of the images, so its numbers stand apart from the paper's. The network is conv4 with 32 channels and max-pooling, as MAML's
-for mini-ImageNet; batch statistics (transductive). Expected numbers and their cost: results/README.md.
+`cifar-fs` has 600 images a class (torchvision's CIFAR-100). `cifar-fs-30` has 180, from `cifar100_fewshot.zip`: meta-training
+sees 30 % of the images, so its numbers stand apart from the paper's. The network is conv4 with 32 channels and max-pooling, as
+MAML's for mini-ImageNet; batch statistics (transductive). Expected numbers and their cost: results/README.md.
 """
 
 from dataclasses import dataclass

@@ -7,8 +7,8 @@ test classes are less like training classes than in CIFAR-FS. Their own ResNet-1
     python experiments/fc100.py --data-root data --download
     python experiments/fc100.py --sampler fc100-30 --algorithm protonet --shots 5 --data-root data
 
-`fc100` has 600 images a class (torchvision's CIFAR-100), `fc100-30` 180, from `cifar100_fewshot.zip`. The network is conv4 with 32
-channels and max-pooling; batch statistics (transductive).
+`fc100` has 600 images a class (torchvision's CIFAR-100), `fc100-30` 180, from `cifar100_fewshot.zip`. The network is conv4 with
+32 channels and max-pooling; batch statistics (transductive).
 """
 
 from dataclasses import dataclass

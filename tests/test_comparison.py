@@ -22,7 +22,7 @@ from toolkit import UserError
 from toolkit.algorithms import METHODS
 from toolkit.flags import build, check, launch
 from toolkit.metrics import squared_error
-from toolkit.models import classifier, regressor
+from toolkit.models import conv4_32, mlp
 from toolkit.runs.comparison import difference, entries, rows, table
 from toolkit.runs.folder import Run
 
@@ -409,9 +409,9 @@ def test_every_command_is_one_that_its_script_takes(
             assert getattr(flags, key.removeprefix("no_")) == (value if key in known else not value), (key, value)
         check(flags)
         if module is omniglot:
-            learner = build(flags, classifier(flags.model, flags.ways, 0), 50)
+            learner = build(flags, conv4_32(flags.ways), 50)
         else:
-            learner = build(flags, regressor(flags.model, 0), loss=squared_error, metric=squared_error)
+            learner = build(flags, mlp(), loss=squared_error, metric=squared_error)
         assert learner.name == flags.algorithm
 
 

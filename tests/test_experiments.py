@@ -100,7 +100,7 @@ REFUSED: dict[str, tuple[Any, list[str], str]] = {
     "setting of another kind": (
         sinusoid,
         ["--algorithm", "imaml", "--method", "cg_steps=2.5"],
-        "--method cg_steps=2.5: cg_steps of imaml is a whole number; give one",
+        "--method cg_steps=2.5: cg_steps is a whole number; give one",
     ),
     "plain descent at Adam's rate": (
         sinusoid,
@@ -134,8 +134,8 @@ def test_bad_flags_cost_one_sentence_and_no_run_folder(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module, flags, sentence = REFUSED[case]
-    monkeypatch.setattr(omniglot, "omniglot", tiny_bank)
-    monkeypatch.setattr(quickstart, "glyphs", tiny_bank)
+    monkeypatch.setattr("toolkit.data.omniglot.omniglot", tiny_bank)
+    monkeypatch.setattr("toolkit.data.glyphs.glyphs", tiny_bank)
     with pytest.raises(SystemExit) as stop:
         start(module, monkeypatch, *SHORT, "--no-compile", "--out", str(tmp_path / "run"), *flags)
     errors = capsys.readouterr().err
@@ -169,8 +169,8 @@ RUNS = [
 def test_a_short_run_fills_its_folder(
     module: Any, algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(omniglot, "omniglot", tiny_bank)
-    monkeypatch.setattr(quickstart, "glyphs", tiny_bank)
+    monkeypatch.setattr("toolkit.data.omniglot.omniglot", tiny_bank)
+    monkeypatch.setattr("toolkit.data.glyphs.glyphs", tiny_bank)
     out = tmp_path / "run"
     more = ["--meta-lr", "0.5"] if algorithm == "reptile" else []
     start(module, monkeypatch, *SHORT, "--no-compile", "--out", str(out), "--algorithm", algorithm, *more)

@@ -301,7 +301,7 @@ def test_json_with_nan_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "summary.json").read_text()) == {"loss": [0.1 + 0.2]}
 
 
-HARMLESS = {"out", "resume", "overwrite", "debug", "data_root", "download", "preset"}
+HARMLESS = {"out", "resume", "overwrite", "debug", "data_root", "download", "preset", "logger"}
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(omniglot.Config)])

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 # Who may import whom, lowest first: a module may import those of earlier lines only (and its own room).
 LAYERS = [
     ["errors", "files"],
+    ["plugins"],
     ["task", "tree"],
     ["metrics", "norms", "curve", "modules", "outer"],
     ["data", "models", "rules"],
@@ -21,6 +22,7 @@ LAYERS = [
     ["runs"],
     ["plots"],
     ["flags"],
+    ["parts", "templates"],
     ["experiment", "cli"],
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}

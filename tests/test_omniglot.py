@@ -104,6 +104,11 @@ def root(empty: Path, fake_zips: tuple[Path, dict[str, str]]) -> Path:
     return empty
 
 
+def whole(bank: ClassBank) -> torch.Tensor:
+    """All items of a bank, class by class."""
+    return bank.read(torch.arange(bank.entries))
+
+
 def all_splits(root: Path, protocol: str, rotations: bool = False) -> list[ClassBank]:
     return [omniglot(split, root, protocol, rotations) for split in SPLITS]
 
@@ -114,8 +119,8 @@ def test_splits_hold_their_characters_and_the_right_drawings(root: Path, protoco
     bank = omniglot(split, root, protocol, rotations=False)
     assert list(bank.names) == EXPECTED[protocol, split]
     assert bank.source == f"omniglot {protocol} {split}"
-    assert bank.items.shape == (20 * bank.classes, 1, 28, 28)
-    assert bank.items.dtype == torch.uint8
+    assert whole(bank).shape == (20 * bank.classes, 1, 28, 28)
+    assert whole(bank).dtype == torch.uint8
     assert bank.sizes.tolist() == [20] * bank.classes
     numbers = {
         f"{part.removeprefix('images_')}/{name}": number
@@ -124,12 +129,12 @@ def test_splits_hold_their_characters_and_the_right_drawings(root: Path, protoco
     for c, name in enumerate(bank.names):
         for drawer in (1, 2, 20):
             small = drawing(numbers[name], drawer).convert("L").resize((28, 28), Image.Resampling.LANCZOS)
-            assert np.array_equal(bank.items[20 * c + drawer - 1, 0].numpy(), 255 - np.asarray(small))
+            assert np.array_equal(whole(bank)[20 * c + drawer - 1, 0].numpy(), 255 - np.asarray(small))
 
 
 def test_ink_is_high_and_paper_is_zero(root: Path) -> None:
     """The bar of the first drawing covers rows 9 to 24 and, at least, columns 8 to 39 of 105."""
-    first = omniglot("test", root, rotations=False).items[0, 0]
+    first = whole(omniglot("test", root, rotations=False))[0, 0]
     assert (first[4:6, 4:10] >= 240).all()
     assert (first[14:] == 0).all() and (first[:, 26:] == 0).all()
 
@@ -180,16 +185,16 @@ def test_a_cache_that_cannot_be_written_costs_a_warning_only(
 
 def test_rotations_are_classes_of_their_own(root: Path) -> None:
     plain, turned = omniglot("train", root, rotations=False), omniglot("train", root, rotations=True)
-    c, n = plain.classes, len(plain.items)
+    c, n = plain.classes, len(whole(plain))
     assert turned.classes == len(set(turned.names)) == 4 * c
     assert turned.sizes.tolist() == [20] * 4 * c
     for k in range(4):
         for i in range(c):
             rows = slice(int(turned.first[k * c + i]), int(turned.first[k * c + i + 1]))
-            upright = plain.items[20 * i : 20 * i + 20, 0].numpy()
-            assert np.array_equal(turned.items[rows, 0].numpy(), np.rot90(upright, k, axes=(1, 2)))
+            upright = whole(plain)[20 * i : 20 * i + 20, 0].numpy()
+            assert np.array_equal(whole(turned)[rows, 0].numpy(), np.rot90(upright, k, axes=(1, 2)))
             assert turned.names[k * c + i] == plain.names[i] + (f" {90 * k} deg" if k else "")
-        assert k == 0 or not torch.equal(turned.items[k * n : (k + 1) * n], plain.items)
+        assert k == 0 or not torch.equal(whole(turned)[k * n : (k + 1) * n], whole(plain))
     assert omniglot("train", root).classes == 4 * c, "rotations are the default"
 
 
@@ -339,7 +344,7 @@ def test_real_splits_are_disjoint_and_cover_all_characters(protocol: str, counts
     names = [set(bank.names) for bank in banks]
     assert all(not names[a] & names[b] for a, b in SEPARATE)
     assert len(set.union(*names)) == 1623
-    assert all(bank.sizes.eq(20).all() and bank.items.shape == (20 * bank.classes, 1, 28, 28) for bank in banks)
+    assert all(bank.sizes.eq(20).all() and whole(bank).shape == (20 * bank.classes, 1, 28, 28) for bank in banks)
     assert all(name.startswith("evaluation/") for name in banks[2].names)
 
 
@@ -354,7 +359,7 @@ def test_real_background_splits_share_no_alphabet() -> None:
 def test_real_rotations_make_four_times_the_classes() -> None:
     for bank, classes in zip(all_splits(REAL, "vinyals", rotations=True), (1028, 172, 423), strict=True):
         assert bank.classes == len(set(bank.names)) == 4 * classes
-        assert len(bank.items) == 80 * classes
+        assert len(whole(bank)) == 80 * classes
 
 
 @needs_real
@@ -371,7 +376,7 @@ def test_real_images_equal_those_of_torchvision(tmp_path: Path, monkeypatch: pyt
         with zipfile.ZipFile(source) as archive:
             wanted = tuple(f"images_{name}/" for name in chosen)
             archive.extractall(tmp_path / "omniglot-py", [m for m in archive.namelist() if m.startswith(wanted)])
-    whole = all_splits(REAL, "vinyals")
+    three = all_splits(REAL, "vinyals")
     for name, drawer in chosen.items():
         part, character = name.split("/", 1)
         path = tmp_path / "omniglot-py" / f"images_{part}.zip"
@@ -383,7 +388,7 @@ def test_real_images_equal_those_of_torchvision(tmp_path: Path, monkeypatch: pyt
             if peer._characters[c] == character and file.endswith(f"_{drawer:02}.png")
         )  # fmt: skip
         expected = 255 - np.asarray(peer[index][0].resize((28, 28), Image.Resampling.LANCZOS))
-        (bank,) = (bank for bank in whole if name in bank.names)
-        found = bank.items[int(bank.first[bank.names.index(name)]) + drawer - 1, 0]
+        (bank,) = (bank for bank in three if name in bank.names)
+        found = whole(bank)[int(bank.first[bank.names.index(name)]) + drawer - 1, 0]
         assert np.array_equal(found.numpy(), expected)
         assert 0 < found.float().mean() < 128, "ink is high, and there is less ink than paper"

@@ -292,7 +292,7 @@ def test_a_bank_whose_parts_do_not_fit_is_a_user_error() -> None:
 def test_selected_classes_keep_their_items_and_names() -> None:
     part = bank().select([4, 1], "some")
     assert (part.names, part.source, part.sizes.tolist()) == (("class-4", "class-1"), "some", [8, 9])
-    numbers, items = decode(part.items / 255)
+    numbers, items = decode(part.read(torch.arange(part.entries)) / 255)
     assert numbers.tolist() == [4] * 8 + [1] * 9
     assert items.tolist() == [*range(8), *range(9)]
 

@@ -32,8 +32,8 @@ class Flags:
     algorithm: str = "maml"
     """Method: one of `toolkit list algorithms`, such as maml, reptile or protonet, or your own: module:NAME or file.py:NAME."""
     sampler: str = ""
-    """Where the tasks come from: one of `toolkit list samplers`, a dataset (N-way K-shot episodes of it), or your own as above; its
-    settings follow as in --sampler.gap 3."""
+    """Where the tasks come from: one of `toolkit list samplers`, a dataset (N-way K-shot episodes of it), or your own as above;
+    its settings follow as in --sampler.gap 3."""
     dataset: str | None = None
     """Dataset for a sampler that draws from one: one of `toolkit list datasets` or your own as above, with --dataset.KEY."""
     model: str = "conv4"
@@ -176,8 +176,8 @@ def build(flags: Flags, model: nn.Module, classes: int | None = None, **given: A
         )
     if learner.pretrain:
         # All classes at once, whatever loss the few of a task have.
-        whole = {"loss": cross_entropy, "metric": accuracy, "outer": learner.outer}
-        learner = replace(learner, pretrain=replace(learner.pretrain, **whole))
+        whole = replace(learner.pretrain, loss=cross_entropy, metric=accuracy, outer=learner.outer)
+        learner = replace(learner, pretrain=whole)
     return replace(learner, rule=Clip(learner.rule, flags.inner_clip)) if flags.inner_clip is not None else learner
 
 

@@ -118,7 +118,7 @@ def _statistics(x: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def _weighted(x: Tensor, axes: list[int], real: Tensor) -> tuple[Tensor, Tensor]:
-    """`_statistics` over the examples that are `real`, by multiplication: their number may differ from task to task of a vmap."""
+    """`_statistics` over the examples that are `real`, by multiplication: in a vmap their number differs from task to task."""
     if real.shape[0] < x.shape[0]:
         raise UserError(
             f"batch norm got {x.shape[0]} examples where the padded task has {real.shape[0]}; a model that splits its inputs "

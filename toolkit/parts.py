@@ -14,127 +14,120 @@ from toolkit import plugins
 from toolkit.data.bank import ClassBank
 from toolkit.errors import UserError, unknown
 from toolkit.flags import Flags, build
-from toolkit.learner import Learner
+from toolkit.learner import Learner, Loss
 from toolkit.metrics import accuracy, cross_entropy, of_ways, squared_error
 from toolkit.samplers import AllClasses, Augmented, Episodes, crop_flip
 from toolkit.task import Padded, Task, TaskSampler, draw
 
 log = logging.getLogger("toolkit")
 F = TypeVar("F", bound=Flags)
-# What our own models take; those that ask for channels or a size take images.
+SPLITS = ("train", "val", "test")
+# What our own models take; models that ask for channels or a size take square images.
 WANTED = {"conv4": "square images", "mlp": "numbers", "bag": "feature numbers"}
 LOOKED_AT = 8  # tasks of each split, to see what they are like
 
 
 class Tasks(NamedTuple):
-    """Where an experiment's tasks come from, in the order in which `experiment.run` takes them: the samplers of the three splits,
-    the accuracy of guessing (None where it has no meaning), and all training classes at once (None where there are none)."""
+    """Where an experiment's tasks come from, in the order in which `experiment.run` takes them: the samplers of the three
+    splits, the accuracy of guessing (None where it has no meaning), all training classes at once (None without a bank)."""
 
     training: TaskSampler
     validation: TaskSampler
     test: TaskSampler
     chance: float | None
-    pretraining: AllClasses | None
+    pretraining: TaskSampler | None
+
+
+class Kind(NamedTuple):
+    """What tasks are like: how many numbers a model has to predict, the accuracy of guessing in test tasks (None where it has
+    no meaning), and the loss and metric that go with them."""
+
+    outputs: int
+    chance: float | None
+    score: dict[str, Loss]
 
 
 def assemble(flags: F) -> tuple[F, Learner, Tasks]:
-    """The learner and tasks of an experiment, and its flags with the names that were settled on the way: the dataset of a sampler
-    that draws from one, and a model that fits the tasks where the experiment's own does not.
+    """The learner and tasks of an experiment, and its flags with the names that were settled on the way: the dataset of a
+    sampler that draws from one, and a model that fits the tasks where the experiment's own does not.
 
     Losses follow from the tasks: cross entropy and accuracy for integer targets, squared error for others. Raises UserError for
     whatever does not fit, before anything is computed.
     """
-    flags, splits, bank = _splits(flags)
-    looks = [draw(sampler, LOOKED_AT, flags.seed, split=name) for name, sampler in splits.items()]
-    if any(sampler_y.is_floating_point() for sampler_y in (look.support.y for look in looks)):
-        outputs, chance, restrict, score = (
-            looks[0].support.y.shape[-1],
-            None,
-            False,
-            {"loss": squared_error, "metric": squared_error},
-        )
-    else:
-        ways = [int(look.support.y.max()) + 1 for look in looks]
-        outputs = max(_outputs(sampler) or seen for sampler, seen in zip(splits.values(), ways, strict=True))
-        padded = any(isinstance(look.support.x, Padded) for look in looks)
-        restrict = padded or min(ways) < outputs
-        chance = None if padded else 1 / ways[2]
-        score = {"loss": cross_entropy, "metric": accuracy}
-        score = {key: of_ways(function) if restrict else function for key, function in score.items()}
-    flags, network = _model(flags, looks[0], outputs)
-    whole = None
-    if bank is not None:
-        support, query = looks[0].support.y.shape[1], looks[0].query.y.shape[1]
-        whole = AllClasses(bank, support + query)
-    learner = build(flags, network, bank.classes if bank else None, **score)
-    return flags, learner, Tasks(*splits.values(), chance, whole)
+    flags, samplers, bank = splits(flags)
+    looks = [draw(sampler, LOOKED_AT, flags.seed, split=split) for split, sampler in samplers.items()]
+    kind = _kind(list(samplers.values()), looks)
+    flags, network = _model(flags, looks[0], kind.outputs)
+    learner = build(flags, network, bank.classes if bank else None, **kind.score)
+    whole = AllClasses(bank, sum(batch.y.shape[1] for batch in looks[0])) if bank else None
+    return flags, learner, Tasks(samplers["train"], samplers["val"], samplers["test"], kind.chance, whole)
 
 
-def _splits(flags: F) -> tuple[F, dict[str, TaskSampler], ClassBank | None]:
-    """The flags with the dataset settled, a sampler for each split, and the bank of training classes if there is one."""
-    name, registered = flags.sampler, {kind: plugins.names(kind) for kind in ("samplers", "datasets")}
-    default = type(flags)().sampler
-    if name == "episodes" or name in registered["datasets"]:
-        source = flags.dataset or (default if name == "episodes" else name)
-        flags, make = replace(flags, sampler=source, dataset=None), None
-    elif ":" not in name and name not in registered["samplers"]:
-        raise unknown("sampler", name, [*registered["samplers"], *registered["datasets"]])
-    else:
-        source = flags.dataset or default
+def splits(flags: F) -> tuple[F, dict[str, TaskSampler], ClassBank | None]:
+    """The flags with the dataset settled, a sampler for each split, and the training classes if the tasks come from a bank."""
+    own, datasets = type(flags)().sampler, plugins.names("datasets")
+    name = flags.sampler
+    if name == "episodes" or name in datasets:
+        name = flags.dataset or (own if name == "episodes" else name)
+        flags, make = replace(flags, sampler=name, dataset=None), None
+    elif ":" in name or name in plugins.names("samplers"):
         make = plugins.resolve(name, "samplers")
+        if _takes_bank(make):
+            if flags.dataset is None and own not in datasets:
+                raise UserError(
+                    f"--sampler {name} draws from a dataset; this experiment has none of its own, so give --dataset"
+                )
+            flags = replace(flags, dataset=flags.dataset or own)
+        elif flags.dataset is not None or flags.dataset_args:
+            raise UserError(f"--sampler {name} draws from no dataset, so --dataset would do nothing; leave it out")
+    else:
+        raise unknown("sampler", name, ["episodes", *plugins.names("samplers"), *datasets])
 
-    @cache
-    def bank(split: str) -> ClassBank:
-        target = plugins.resolve(source, "datasets")
-        pairs = flags.dataset_args + (() if make else flags.sampler_args)
-        given = {
-            "split": split,
-            "data_root": getattr(flags, "data_root", "data"),
-            "download": getattr(flags, "download", False),
-        }
-        made = plugins.call(target, given, plugins.settings(pairs, "--dataset", target), f"--dataset {source}")
-        if not isinstance(made, ClassBank):
-            raise UserError(
-                f"--dataset {source} made a {type(made).__name__}; a dataset is a function that returns a ClassBank"
-            )
-        return made
-
-    found: dict[str, TaskSampler] = {}
-    drawn_from: list[ClassBank] = []
-    for split in ("train", "val", "test"):
-        made = bank(split) if make is None else _made(flags, make, split, bank)
-        if isinstance(made, ClassBank):
-            drawn_from.append(made)
-            made = Episodes(made, **_sizes(flags, split))
-        elif make is not None and not _is_task_function(make) and "bank" in plugins.takes(make):
-            drawn_from.append(bank(split))
-        found[split] = _augmented(flags, made, split)
-    if make is not None and drawn_from and flags.dataset is None and "bank" in plugins.takes(make):
-        flags = replace(flags, dataset=source)
-    return flags, found, drawn_from[0] if drawn_from else None
+    banks = cache(lambda split: _bank(flags, split))
+    made = {split: banks(split) if make is None else _sampler(flags, make, split, banks) for split in SPLITS}
+    training = made["train"] if isinstance(made["train"], ClassBank) else banks("train") if flags.dataset else None
+    samplers = {split: Episodes(m, **_sizes(flags, split)) if isinstance(m, ClassBank) else m for split, m in made.items()}
+    return flags, {split: _augmented(flags, sampler, split) for split, sampler in samplers.items()}, training
 
 
-def _made(flags: Flags, make: Any, split: str, bank: Callable[[str], ClassBank]) -> Any:
-    what = f"--sampler {flags.sampler}"
-    if _is_task_function(make):
+def _bank(flags: Flags, split: str) -> ClassBank:
+    plain = flags.dataset is None
+    name = flags.sampler if plain else flags.dataset or ""
+    target = plugins.resolve(name, "datasets")
+    pairs = flags.dataset_args + (flags.sampler_args if plain else ())
+    made = plugins.call(target, _place(flags, split), plugins.settings(pairs, "--dataset", target), f"the dataset {name}")
+    if not isinstance(made, ClassBank):
+        raise UserError(f"the dataset {name} made a {type(made).__name__}; a dataset is a function that returns a ClassBank")
+    return made
+
+
+def _sampler(flags: Flags, make: Any, split: str, banks: Callable[[str], ClassBank]) -> Any:
+    what = f"the sampler {flags.sampler}"
+    if _is_sampler(make):
         if flags.sampler_args:
             raise UserError(f"{what} is a function of a generator and has no settings; make it a function that returns one")
         return make
-    given = {"split": split, "data_root": getattr(flags, "data_root", "data"), "download": getattr(flags, "download", False)}
-    given |= _sizes(flags, split)
-    if "bank" in plugins.takes(make):
-        if not (flags.dataset or type(flags)().sampler in plugins.names("datasets")):
-            raise UserError(f"{what} draws from a dataset, and this experiment has none of its own; give one with --dataset")
-        given["bank"] = bank(split)
+    given = _place(flags, split) | _sizes(flags, split)
+    if _takes_bank(make):
+        given["bank"] = banks(split)
     made = plugins.call(make, given, plugins.settings(flags.sampler_args, "--sampler", make), what)
-    if not callable(made) and not isinstance(made, ClassBank):
+    if isinstance(made, type) or not (callable(made) or isinstance(made, ClassBank)):
         raise UserError(f"{what} made a {type(made).__name__}; return a task sampler or a ClassBank")
     return made
 
 
-def _is_task_function(make: Any) -> bool:
-    """Whether it is a sampler itself, and not something that makes one."""
+def _is_sampler(make: Any) -> bool:
+    """Whether a plug-in draws tasks itself, where others make what does."""
     return not isinstance(make, type) and "generator" in plugins.takes(make)
+
+
+def _takes_bank(make: Any) -> bool:
+    return not _is_sampler(make) and "bank" in plugins.takes(make)
+
+
+def _place(flags: Flags, split: str) -> dict[str, Any]:
+    root, download = getattr(flags, "data_root", "data"), getattr(flags, "download", False)
+    return {"split": split, "data_root": root, "download": download}
 
 
 def _sizes(flags: Flags, split: str) -> dict[str, int]:
@@ -155,9 +148,17 @@ def _augmented(flags: Flags, sampler: TaskSampler, split: str) -> TaskSampler:
     return Augmented(sampler, crop_flip, copies=copies, queries=False) if copies else sampler
 
 
-def _outputs(sampler: TaskSampler) -> int | None:
-    found: int | None = getattr(sampler, "outputs", None)
-    return found
+def _kind(samplers: list[TaskSampler], looks: list[Task]) -> Kind:
+    """What the tasks are like, by some of each split. A sampler whose ways vary has `outputs`, the most."""
+    targets = looks[0].support.y
+    if targets.is_floating_point():
+        outputs = targets.shape[-1] if targets.dim() > 2 else 1
+        return Kind(outputs, None, {"loss": squared_error, "metric": squared_error})
+    ways = [int(look.support.y.max()) + 1 for look in looks]
+    outputs = max(getattr(sampler, "outputs", None) or seen for sampler, seen in zip(samplers, ways, strict=True))
+    padded = any(isinstance(look.support.x, Padded) for look in looks)
+    fewer: Callable[[Loss], Loss] = of_ways if padded or min(ways) < outputs else lambda function: function
+    return Kind(outputs, None if padded else 1 / ways[-1], {"loss": fewer(cross_entropy), "metric": fewer(accuracy)})
 
 
 def _model(flags: F, tasks: Task, outputs: int) -> tuple[F, nn.Module]:
@@ -166,7 +167,7 @@ def _model(flags: F, tasks: Task, outputs: int) -> tuple[F, nn.Module]:
     inputs = {k: tuple(v.shape[2:]) for k, v in x.items()} if isinstance(x, dict) else tuple(x.shape[2:])
     given: dict[str, Any] = {"inputs": inputs, "outputs": outputs, "ways": outputs, "seed": flags.seed}
     kind = "several inputs" if isinstance(x, dict) else "numbers" if x.is_floating_point() else "feature numbers"
-    if kind == "numbers" and len(inputs) == 3 and inputs[1] == inputs[2]:
+    if kind == "numbers" and isinstance(inputs, tuple) and len(inputs) == 3 and inputs[1] == inputs[2]:
         kind, given = "square images", given | {"channels": inputs[0], "size": inputs[1]}
     target = plugins.resolve(flags.model, "models")
     if isinstance(target, nn.Module):
@@ -185,7 +186,7 @@ def _model(flags: F, tasks: Task, outputs: int) -> tuple[F, nn.Module]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(flags.seed)  # for models that take no seed
         arguments = plugins.settings(flags.model_args, "--model", target)
-        network = plugins.call(target, given, arguments, f"--model {flags.model}")
+        network = plugins.call(target, given, arguments, f"the model {flags.model}")
     if not isinstance(network, nn.Module):
-        raise UserError(f"--model {flags.model} made a {type(network).__name__}; a model is an nn.Module, or makes one")
+        raise UserError(f"the model {flags.model} made a {type(network).__name__}; a model is an nn.Module, or makes one")
     return flags, network

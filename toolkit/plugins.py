@@ -99,8 +99,8 @@ def call(target: Any, given: Mapping[str, Any], settings: Mapping[str, Any], wha
 
 
 def settings(pairs: Iterable[str], flag: str, target: Any = None) -> dict[str, Any]:
-    """Settings from texts such as "gap=3": Python literals where they are some, texts otherwise. Raises UserError for one without
-    "=", and for one of another kind than the default that `target` has for it."""
+    """Settings from texts such as "gap=3": Python literals where they are some, texts otherwise. Raises UserError for one
+    without "=", and for one of another kind than the default that `target` has for it."""
     found: dict[str, Any] = {}
     defaults = {} if target is None else {p.name: p.default for p in _parameters(target)}
     for key, equals, text in (pair.partition("=") for pair in pairs):
@@ -111,8 +111,8 @@ def settings(pairs: Iterable[str], flag: str, target: Any = None) -> dict[str, A
         except (ValueError, SyntaxError):
             value = text
         default = defaults.get(key)
-        if isinstance(default, str):
-            value = text
+        if isinstance(default, str) and not text.startswith(("(", "[")):
+            value = text  # "1,2" would be a tuple
         elif isinstance(default, bool | int | float) and value != default and not _like(value, default):
             wanted = {bool: "True or False", int: "a whole number", float: "a number"}[type(default)]
             raise UserError(f"{flag} {key}={text}: {key} is {wanted}; give one")

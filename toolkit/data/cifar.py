@@ -1,4 +1,4 @@
-"""CIFAR-100 as class banks: the splits CIFAR-FS (Bertinetto et al. 2019) and FC100 (Oreshkin et al. 2018), 32 x 32 pixels in colour.
+"""CIFAR-100 as class banks by the splits CIFAR-FS (Bertinetto et al. 2019) and FC100 (Oreshkin et al. 2018): 32 x 32 pixels, colour.
 
 `cifar_fs` and `fc100` take all 600 images of a class from torchvision's CIFAR-100; `cifar_fs_30` and `fc100_30` take the 180 of
 `cifar100_fewshot.zip`, drawn at random: meta-training sees 30 % of the images, so results on them have a name of their own and

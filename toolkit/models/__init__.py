@@ -5,6 +5,7 @@ numbers to predict (also called `ways`); for square images `channels` and `size`
 """
 
 import math
+from collections import OrderedDict
 from functools import partial
 
 from torch import nn
@@ -24,6 +25,4 @@ conv4_32_pool = partial(conv4, width=32, pool=True)
 def dense(inputs: tuple[int, ...], outputs: int, seed: int = 0, width: int = 40, depth: int = 2) -> nn.Sequential:
     """`mlp` from examples of shape `inputs` to `outputs` numbers, through `depth` layers of `width`."""
     network = mlp((math.prod(inputs), *[width] * depth, outputs), seed)
-    if len(inputs) > 1:
-        network.insert(0, nn.Flatten())
-    return network
+    return network if len(inputs) == 1 else nn.Sequential(OrderedDict(flat=nn.Flatten(), body=network.body, head=network.head))
