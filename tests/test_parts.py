@@ -178,6 +178,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "images for bag": (flags(model="bag"), r"--model bag takes feature numbers, but these tasks have square images"),
     "vectors for a chosen network": (flags(sampler="sinusoid", model="conv4-pool"), "takes square images.*use --model mlp"),
     "not square": (flags(sampler=f"{MODULE}:wide", model="conv4-pool"), r"have numbers of shape \(3, 8, 10\); use --model mlp"),
+    "features": (
+        flags(sampler=f"{MODULE}:texts", model="bag", model_args=("features=20",)),
+        "knows feature numbers below 20, but these tasks have 49; give it more, as in --model.features",
+    ),
     "unknown setting": (flags(model_args=("widht=4",)), "the model conv4 has no setting 'widht'; did you mean 'width'"),
     "setting of no dataset": (flags(dataset_args=("channels=3",)), "draws from no dataset, so --dataset would do nothing"),
     "setting of a dataset": (

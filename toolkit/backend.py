@@ -24,7 +24,7 @@ from toolkit.modules import without_head
 from toolkit.objectives import last_step
 from toolkit.rules import SGD
 from toolkit.starts import inherited
-from toolkit.task import Input, Task, count, take
+from toolkit.task import Input, Padded, Task, count, take
 from toolkit.train import Gradient
 from toolkit.tree import Params
 
@@ -43,6 +43,10 @@ def learn2learn_gradient(learner: Learner, plan: Plan) -> Callable[[Meta, Task],
     looked: list[bool] = []
 
     def gradient(meta: Meta, tasks: Task) -> tuple[Meta, Metrics]:
+        if isinstance(tasks.support.x, Padded):
+            raise UserError(
+                "learn2learn would count the filling of padded tasks; use the backend 'toolkit', or tasks of one size"
+            )
         model = _loaded(learner, meta)
         if not looked:
             _look(learner, rule, model, take(tasks, 0))

@@ -12,6 +12,7 @@ from toolkit.curve import Curve
 from toolkit.engine import Plan, default_plan, exact_attention, lift_for, runner
 from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta, Score
+from toolkit.metrics import is_of_ways, within
 from toolkit.task import Task, TaskSampler, count, draw, fingerprint, move, take
 from toolkit.tree import Params, tree_map
 
@@ -77,13 +78,19 @@ def _walk(meta: Meta, steps: int, plan: Plan, orders: list[Tensor], learner: Lea
 
 
 def _averaged(learner: Learner, meta: Meta, task: Task, steps: int, orders: list[Tensor]) -> list[Score]:
-    """The scores after 0..`steps` steps of the mean probabilities over label orders."""
-    total = list[Tensor]()
+    """The scores after 0..`steps` steps of the mean probabilities over label orders. An example without a label stays without,
+    and with a loss `of_ways` a task's classes change places among themselves only."""
+    given, fewer, total = task.support.y, is_of_ways(learner.loss), list[Tensor]()
     for order in orders:
-        path = enumerate(learner.path(meta, task.support._replace(y=order[task.support.y]), steps))
-        shares = [
-            learner.predict(meta, fast, task.query.x, task.support.x, k).softmax(-1)[:, order] / len(orders) for k, fast in path
-        ]
+        if fewer:
+            beyond = torch.arange(len(order), device=order.device) > given.max()
+            order = (order + len(order) * beyond).argsort().argsort()
+        y = torch.where(given < 0, given, order[given.clamp(min=0)])
+        shares = []
+        for k, fast in enumerate(learner.path(meta, task.support._replace(y=y), steps)):
+            prediction = learner.predict(meta, fast, task.query.x, task.support.x, k)
+            prediction = within(prediction, given) if fewer else prediction
+            shares.append(prediction.softmax(-1)[:, order] / len(orders))
         total = [a + b for a, b in zip(total, shares, strict=True)] if total else shares
     logs = [share.clamp(min=torch.finfo(share.dtype).tiny).log() for share in total]
     return [Score(learner.loss(p, task.query.y), learner.metric(p, task.query.y)) for p in logs]

@@ -213,7 +213,7 @@ def launch(flags_type: type[F], body: Callable[[F], object], presets: dict[str, 
     log.setLevel(logging.INFO)
     try:
         default = replace(flags_type(), **_preset(presets, sys.argv[1:]))
-        flags = tyro.cli(flags_type, default=default, description=doc, args=_undotted(sys.argv[1:]))
+        flags = tyro.cli(flags_type, default=default, description=doc, args=undotted(sys.argv[1:]))
     except UserError as error:
         sys.exit(_say(error))
     try:
@@ -261,7 +261,7 @@ def _say(error: UserError) -> int:
 DOTTED = {"sampler": "--sampler-args", "dataset": "--dataset-args", "model": "--model-args", "algorithm": "--method"}
 
 
-def _undotted(arguments: list[str]) -> list[str]:
+def undotted(arguments: list[str]) -> list[str]:
     """The arguments with each `--sampler.gap 3` or `--sampler.gap=3` as `gap=3` after `--sampler-args`, and so on."""
     found: dict[str, list[str]] = {}
     rest = list[str]()

@@ -13,7 +13,7 @@ from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta
 from toolkit.rules import Wrapped
 from toolkit.starts import Head
-from toolkit.task import Batch
+from toolkit.task import Batch, Input, Padded
 from toolkit.tree import Params, under
 
 
@@ -82,10 +82,11 @@ class TaskLoss:
     (MeTAL, Baik et al. 2021).
 
     The state of an example is the support loss, the mean of each adapting tensor, and the example's outputs. A linear map of
-    the mean state scales and shifts the network's own weights (theirs is a two-layer network). Departures: the support set
-    alone is used (the paper adds a term on unlabelled queries), no labels in the state and no standardising, all steps share
-    one network, and the last layer and the map start at 0. Raises UserError for a learner of first order: the term would get
-    no gradient (nor does it in the first-order part of an annealed training).
+    the mean state scales and shifts the network's own weights (theirs is a two-layer network). Examples without a label are
+    averaged over too, the filling of padded tasks is not. Departures: the support set alone is used (the paper adds a term on
+    unlabelled queries), no labels in the state and no standardising, all steps share one network, and the last layer and the
+    map start at 0. Raises UserError for a learner of first order: the term would get no gradient (nor does it in the
+    first-order part of an annealed training).
     """
 
     hidden: int = 16
@@ -109,9 +110,17 @@ class TaskLoss:
         rows = prediction.reshape(prediction.shape[0], -1)
         state = torch.cat([shared.expand(rows.shape[0], -1), rows], 1)
         own = under("loss/", meta.learned)
-        turn = own.pop("turn") @ state.mean(0)
+        turn = own.pop("turn") @ _mean(state, support.x)
         turned = {n: w * (1 + turn[2 * i]) + turn[2 * i + 1] for i, (n, w) in enumerate(own.items())}
-        return loss + _respond(turned, state).mean()
+        return loss + _mean(_respond(turned, state), support.x).squeeze(0)
+
+
+def _mean(rows: Tensor, x: Input) -> Tensor:
+    """The mean over the examples (examples, ...) of inputs `x`, without the filling of padded ones."""
+    if not isinstance(x, Padded):
+        return rows.mean(0)
+    real = x.real.to(rows.dtype)
+    return real @ rows / real.sum()
 
 
 def _network(prefix: str, inputs: int, hidden: int, outputs: int, like: Tensor) -> Params:

@@ -21,8 +21,11 @@ def accuracy(prediction: Tensor, y: Tensor) -> Tensor:
 
 
 def cross_entropy(prediction: Tensor, y: Tensor) -> Tensor:
-    """The mean cross entropy of logits (examples, classes) against classes (examples,)."""
-    return torch.nn.functional.cross_entropy(prediction, y)
+    """The mean cross entropy of logits (examples, classes) against classes (examples,); 0 where no example has a label, as may
+    be in a minibatch of a semi-supervised support set."""
+    if y.is_floating_point():
+        return torch.nn.functional.cross_entropy(prediction, y)
+    return torch.nn.functional.cross_entropy(prediction, y, reduction="sum") / (y >= 0).sum().clamp(min=1)
 
 
 def squared_error(prediction: Tensor, y: Tensor) -> Tensor:
@@ -40,7 +43,18 @@ def of_ways(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, T
 
     @wraps(function)
     def restricted(prediction: Tensor, y: Tensor) -> Tensor:
-        beyond = torch.arange(prediction.shape[-1], device=y.device) > y.max()
-        return function(prediction.masked_fill(beyond, torch.finfo(prediction.dtype).min / 2), y)
+        return function(within(prediction, y), y)
 
+    restricted.of_ways = True  # type: ignore[attr-defined]
     return restricted
+
+
+def is_of_ways(function: Callable[[Tensor, Tensor], Tensor]) -> bool:
+    """Whether a loss or metric was made by `of_ways`."""
+    return getattr(function, "of_ways", False)
+
+
+def within(prediction: Tensor, y: Tensor) -> Tensor:
+    """Logits (examples, classes) that leave no chance to classes beyond the last one in `y`."""
+    beyond = torch.arange(prediction.shape[-1], device=y.device) > y.max()
+    return prediction.masked_fill(beyond, torch.finfo(prediction.dtype).min / 2)

@@ -57,6 +57,7 @@ def assemble(flags: F) -> tuple[F, Learner, Tasks]:
     flags, samplers, bank = splits(flags)
     looks = [draw(sampler, LOOKED_AT, flags.seed, split=split) for split, sampler in samplers.items()]
     kind = _kind(list(samplers.values()), looks)
+    bank = None if looks[0].support.y.is_floating_point() else bank  # then its classes are no targets
     flags, network = _model(flags, looks[0], kind.outputs)
     learner = build(flags, network, bank.classes if bank else None, **kind.score)
     whole = AllClasses(bank, sum(batch.y.shape[1] for batch in looks[0])) if bank else None
@@ -189,4 +190,12 @@ def _model(flags: F, tasks: Task, outputs: int) -> tuple[F, nn.Module]:
         network = plugins.call(target, given, arguments, f"the model {flags.model}")
     if not isinstance(network, nn.Module):
         raise UserError(f"the model {flags.model} made a {type(network).__name__}; a model is an nn.Module, or makes one")
+    if kind == "feature numbers":
+        largest = max(int(batch.x.max()) for batch in tasks if isinstance(batch.x, torch.Tensor))
+        for table in (module for module in network.modules() if isinstance(module, nn.Embedding)):
+            if largest >= table.num_embeddings:
+                raise UserError(
+                    f"the model {flags.model} knows feature numbers below {table.num_embeddings}, but these tasks have "
+                    f"{largest}; give it more, as in --model.features 8192"
+                )
     return flags, network

@@ -128,7 +128,8 @@ class Memory:
 
 
 def _embedded(learner: Learner, meta: Meta, support: Batch) -> tuple[Tensor, Tensor]:
-    """Support embeddings (examples, features) and one-hot classes (examples, ways) in their dtype."""
+    """Support embeddings (examples, features) and one-hot classes (examples, ways) in their dtype; both are 0 for an example
+    without a label, which then has no part in means and in kernels."""
     if support.y.is_floating_point() or support.y.dim() != 1:
         raise UserError(
             f"{learner.name} needs one integer class per example, but y is {support.y.dtype} of shape "
@@ -137,4 +138,5 @@ def _embedded(learner: Learner, meta: Meta, support: Batch) -> tuple[Tensor, Ten
     features = learner.embed(meta, learner.adapted(meta.params), support.x)
     head = next(p for name, p in meta.params.items() if name.startswith(f"{learner.head}."))
     classes = torch.arange(head.shape[0], device=support.y.device)
+    features = torch.where(support.y.unsqueeze(1) < 0, 0, features)
     return features, (support.y.unsqueeze(1) == classes).to(features.dtype)

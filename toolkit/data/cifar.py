@@ -1,4 +1,4 @@
-"""CIFAR-100 as class banks by the splits CIFAR-FS (Bertinetto et al. 2019) and FC100 (Oreshkin et al. 2018): 32 x 32 pixels, colour.
+"""CIFAR-100 as class banks by the splits CIFAR-FS (Bertinetto et al. 2019) and FC100 (Oreshkin et al. 2018): 32 x 32, colour.
 
 `cifar_fs` and `fc100` take all 600 images of a class from torchvision's CIFAR-100; `cifar_fs_30` and `fc100_30` take the 180 of
 `cifar100_fewshot.zip`, drawn at random: meta-training sees 30 % of the images, so results on them have a name of their own and
@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import zipfile
+import zlib
 from functools import cache
 from http.client import HTTPException
 from importlib import resources
@@ -47,9 +48,18 @@ def fc100_30(split: str, data_root: str | Path = "data") -> ClassBank:
 def _split(name: str, split: str, whole: ClassBank) -> ClassBank:
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
-    chosen = json.loads((resources.files("toolkit.data") / "splits" / f"{name.removesuffix('-30')}.json").read_text())[split]
+    chosen = _lists(name.removesuffix("-30"))[split]
     number = {c: i for i, c in enumerate(whole.names)}
     return whole.select([number[c] for c in chosen], f"{name} {split}")
+
+
+def _lists(name: str) -> dict[str, list[str]]:
+    lists: dict[str, list[str]] = json.loads((resources.files("toolkit.data") / "splits" / f"{name}.json").read_text())
+    return lists
+
+
+def _classes() -> set[str]:
+    return {name for names in _lists("cifar-fs").values() for name in names}
 
 
 def _whole(root: Path, download: bool) -> ClassBank:
@@ -94,18 +104,22 @@ def _part(root: Path) -> ClassBank:
 def _from_zip(path: Path) -> ClassBank:
     def decode() -> dict[str, Tensor]:
         import numpy as np
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
         from tqdm import tqdm
 
         images = []
         try:
             with zipfile.ZipFile(path) as archive:
                 names = sorted(json.loads(archive.read("index.json"))["classes"])
+                if set(names) != _classes():
+                    raise ValueError(f"its {len(names)} classes are not those of CIFAR-100")
                 for name in tqdm(names, f"decoding {path.name}", leave=False):
                     with Image.open(io.BytesIO(archive.read(f"strips/{name}.webp"))) as strip:
                         pixels = np.array(strip.convert("RGB")).reshape(-1, 32, 32, 3)
                     images.append(torch.from_numpy(pixels).permute(0, 3, 1, 2))
-        except (zipfile.BadZipFile, KeyError, ValueError, UnidentifiedImageError) as error:
+                if len({len(some) for some in images}) != 1:
+                    raise ValueError("its classes differ in size")
+        except (zipfile.BadZipFile, zlib.error, OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is damaged or not cifar100_fewshot.zip ({error}); copy it anew") from None
         return {
             "images": torch.cat(images).contiguous(),
@@ -120,7 +134,7 @@ def _content(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             members = sorted((member.filename, member.CRC) for member in archive.infolist())
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, OSError) as error:
         raise UserError(f"{path} is damaged or no zip ({error}); copy it anew") from None
     return hashlib.sha256(repr(members).encode()).hexdigest()[:12]
 

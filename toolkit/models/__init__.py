@@ -25,4 +25,5 @@ conv4_32_pool = partial(conv4, width=32, pool=True)
 def dense(inputs: tuple[int, ...], outputs: int, seed: int = 0, width: int = 40, depth: int = 2) -> nn.Sequential:
     """`mlp` from examples of shape `inputs` to `outputs` numbers, through `depth` layers of `width`."""
     network = mlp((math.prod(inputs), *[width] * depth, outputs), seed)
-    return network if len(inputs) == 1 else nn.Sequential(OrderedDict(flat=nn.Flatten(), body=network.body, head=network.head))
+    flat = [] if len(inputs) == 1 else [("flat", nn.Flatten())]
+    return nn.Sequential(OrderedDict([*flat, *network.named_children()]))

@@ -1,12 +1,18 @@
 """Task samplers: each family in a file of its own, all obeying the `TaskSampler` protocol of `toolkit.task`."""
 
-from toolkit.samplers.augment import Augmented, crop_flip
+from toolkit.samplers.augment import Augmented, by_torchvision, crop_flip
+from toolkit.samplers.check import Report, check_sampler
 from toolkit.samplers.classes import AllClasses
+from toolkit.samplers.completion import Completion
+from toolkit.samplers.curves import Harmonics, SineOrLine, Steps
 from toolkit.samplers.episodes import Episodes
 from toolkit.samplers.linear import Linear
 from toolkit.samplers.loaders import Loaders, MetaTask, joint_epochs
+from toolkit.samplers.mixed import Mixed
 from toolkit.samplers.sinusoid import Sinusoid
+from toolkit.samplers.tasksets import FromTaskset
 
 __all__ = [
-    "AllClasses", "Augmented", "Episodes", "Linear", "Loaders", "MetaTask", "Sinusoid", "crop_flip", "joint_epochs",
+    "AllClasses", "Augmented", "Completion", "Episodes", "FromTaskset", "Harmonics", "Linear", "Loaders", "MetaTask", "Mixed",
+    "Report", "SineOrLine", "Sinusoid", "Steps", "by_torchvision", "check_sampler", "crop_flip", "joint_epochs",
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ class AllClasses:
 
     bank: ClassBank
     queries: int = 64
+    # What `check_sampler` would call faults in few-shot tasks.
+    by_design: ClassVar[tuple[str, ...]] = ("labels", "label meaning", "disjoint by content", "disjoint by identity")
 
     def __post_init__(self) -> None:
         if self.queries < 1:

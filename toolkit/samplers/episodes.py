@@ -71,16 +71,13 @@ def as_input(items: Tensor) -> Tensor:
 def distinct(noise: Tensor, size: Tensor) -> Tensor:
     """Ordered draws without replacement: uniform `noise` (..., k) in [0, 1) to k distinct integers below `size` (...).
 
-    The i-th draw takes one of the size - i numbers that are left; stepping over the smaller ones already taken, in
-    increasing order, turns its rank among those left into the number itself.
+    The i-th draw takes one of the size - i numbers that are left. Its rank p among those is p plus the number of smaller ones
+    already taken: of the j-th smallest of them, t, that is whether t - j <= p.
     """
-    taken: list[Tensor] = []
-    drawn = []
+    drawn = noise.new_empty(noise.shape, dtype=torch.int64)
     for i in range(noise.shape[-1]):
         left = size - i
-        pick = torch.minimum((noise[..., i] * left).long(), left - 1)
-        for smaller in taken:
-            pick = pick + (pick >= smaller)
-        drawn.append(pick)
-        taken = list(torch.stack([*taken, pick]).sort(0).values)
-    return torch.stack(drawn, -1)
+        rank = torch.minimum((noise[..., i] * left).long(), left - 1)
+        taken = drawn[..., :i].sort(-1).values
+        drawn[..., i] = rank + (taken - torch.arange(i) <= rank[..., None]).sum(-1)
+    return drawn
