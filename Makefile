@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: install demo test test-all check clean
+.PHONY: install demo test test-all check speed clean
 
 install: .venv/installed
 demo: install
@@ -15,6 +15,8 @@ check: .venv/checked
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+speed: .venv/peers
+	$(BIN)/python experiments/speed.py --data-root $(or $(DATA),data)
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache *.egg-info
 
@@ -24,6 +26,9 @@ clean:
 	touch $@
 .venv/tested: .venv/installed requirements-learn2learn.txt
 	$(BIN)/python -m pip install --quiet -e ".[test]" -r requirements-learn2learn.txt
+	touch $@
+.venv/peers: .venv/tested requirements-peers.txt
+	$(BIN)/python -m pip install --quiet -r requirements-peers.txt
 	touch $@
 .venv/checked: .venv/installed
 	$(BIN)/python -m pip install --quiet -e ".[dev]"

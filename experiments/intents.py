@@ -41,7 +41,6 @@ class Config(EpisodeFlags):
     iterations: int = 1_000
     validate_every: int = 100
     val_tasks: int = 200
-    eval_steps: int = 5
 
 
 def main(config: Config) -> None:

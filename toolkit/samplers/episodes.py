@@ -38,7 +38,8 @@ class Episodes:
         smallest = int(self.bank.sizes.argmin())
         size = int(self.bank.sizes[smallest])
         if self.shots + self.queries > size:
-            advice = f"use --queries {size - self.shots} or fewer" if size > self.shots else f"use fewer shots than {size}"
+            fewer = f"use --queries {size - self.shots} or fewer (--eval-queries in validation and test)"
+            advice = fewer if size > self.shots else f"use fewer shots than {size}"
             raise UserError(
                 f"{self.shots} shots and {self.queries} queries need {self.shots + self.queries} images per class, but "
                 f"class {self.bank.names[smallest]!r} of {self.bank.source} has {size}; {advice}"
