@@ -87,7 +87,7 @@ def _list(arguments: argparse.Namespace) -> int:
     kind = arguments.kind
     kinds = plugins.KINDS if kind is None else (f"{kind}s",) if f"{kind}s" in plugins.KINDS else (kind,)
     found = {each: plugins.listing(each) for each in kinds}
-    width = shutil.get_terminal_size().columns
+    width = shutil.get_terminal_size((160, 24)).columns  # wide where nobody watches
     print("\n\n".join(f"{each}\n{table(rows, width)}" if kind is None else table(rows, width) for each, rows in found.items()))
     return 0
 

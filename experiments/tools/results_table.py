@@ -14,19 +14,38 @@ from toolkit.runs.comparison import table as comparison_table
 
 REFERENCE = Path(__file__).parents[2] / "results" / "reference"
 # The runs in the order of the table: folder, title, command.
-RUNS = {
-    "quickstart": ("glyphs, 5-way 1-shot, unseen scripts", "make demo"),
-    "sinusoid": ("sinusoid, 10-shot", "python experiments/sinusoid.py"),
-    "omniglot-vinyals": (
-        "Omniglot 5-way 1-shot, Vinyals split",
-        "python experiments/omniglot.py --algorithm maml --ways 5 --shots 1 --data-root data",
-    ),
-    "omniglot-background": (
-        "Omniglot 5-way 1-shot, background/evaluation split",
-        "python experiments/omniglot.py --sampler omniglot-background --data-root data --iterations 12000 --map vmap "
-        "--no-compile",
-    ),
-}
+RUNS = (
+    {
+        "quickstart": ("glyphs, 5-way 1-shot, unseen scripts", "make demo"),
+        "sinusoid": ("sinusoid, 10-shot", "python experiments/sinusoid.py"),
+        "omniglot-vinyals": (
+            "Omniglot 5-way 1-shot, Vinyals split",
+            "python experiments/omniglot.py --algorithm maml --ways 5 --shots 1 --data-root data",
+        ),
+        "omniglot-background": (
+            "Omniglot 5-way 1-shot, background/evaluation split",
+            "python experiments/omniglot.py --sampler omniglot-background --data-root data --iterations 12000 --map vmap "
+            "--no-compile",
+        ),
+    }
+    | {
+        f"cifar-fs-30-{method}-5w{shots}s": (
+            f"CIFAR-FS with 30 % of the images, 5-way {shots}-shot",
+            f"python experiments/cifar_fs.py --sampler cifar-fs-30 --data-root data --queries 5 --iterations 5000 "
+            f"--algorithm {method} --shots {shots}",
+        )
+        for shots in (1, 5)
+        for method in ("maml", "protonet")
+    }
+    | {
+        f"intents-{method}-5w{shots}s": (
+            f"CLINC150 intents of unseen domains, 5-way {shots}-shot",
+            f"python experiments/intents.py --data-root data --eval-seed 1 --algorithm {method} --shots {shots}",
+        )
+        for shots in (1, 5)
+        for method in ("maml", "protonet")
+    }
+)
 
 
 # The comparisons: folder, title.
@@ -36,7 +55,7 @@ COMPARISONS = {
     "compare-omniglot-20w1s": "Omniglot 20-way 1-shot",
 }
 SHARED_MODEL = "shared_model"
-SHORT = ("tasks", "as trained", "after 10 steps", "command")
+SHORT = ("tasks", "method", "as trained", "after 10 steps", "command")
 
 
 def table(columns: tuple[str, ...] = ()) -> str:
