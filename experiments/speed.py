@@ -196,7 +196,8 @@ def main(config: Config) -> None:
     torch.set_num_threads(1)
     rows = [row for name in config.only or SECTIONS for row in SECTIONS[name](config)]
     config.out.mkdir(parents=True, exist_ok=True)
-    write_json(config.out / "speed.json", {"machine": machine(), "rows": [asdict(row) for row in rows]})
+    asked = {"only": config.only, "rounds": config.rounds}
+    write_json(config.out / "speed.json", {"config": asked, "machine": machine(), "rows": [asdict(row) for row in rows]})
     text = markdown(rows, machine(), config)
     replace(config.out / "speed.md", text.encode())
     from toolkit.plots.save import save

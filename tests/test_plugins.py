@@ -294,6 +294,8 @@ UNRESOLVED: dict[str, tuple[str, str | None, str]] = {
     "no submodule": ("toolkit.nothing:Sampler", None, "no module 'toolkit.nothing'"),
     "no file": ("gone.py:Sampler", "samplers", "there is no file gone.py; give the path of a Python file"),
     "file alone": ("mine.py", "samplers", r"mine.py names a file; say what to take from it, as in mine.py:NAME"),
+    "no module before the colon": (":Sampler", "samplers", "':Sampler' names only half of a plug-in; write module:NAME"),
+    "nothing after the colon": ("mine.py:", "samplers", "'mine.py:' names only half of a plug-in"),
     "no attribute": ("mine.py:plian", "samplers", r"'mine.py:plian': there is no 'plian'; did you mean 'plain'\?; it has flaw"),
     "no attribute of a module": ("toolkit.models.mlp:mpl", None, r"there is no 'mpl'; did you mean 'mlp'\?; it has mlp$"),
     "no attribute in it": ("toolkit.samplers:Sinusoid.nothing", None, "there is no 'nothing'; it has none"),
@@ -561,3 +563,30 @@ def test_a_task_of_their_sampler_is_a_function_of_seed_and_index(package: Module
     sampler = package.Thresholds(2, 3)
     whole, part = draw(sampler, 4, 1), draw(sampler, 1, 1, start=2)
     assert isinstance(whole, Task) and torch.equal(whole.query.x[2], part.query.x[0])  # type: ignore[index]
+
+
+BROKEN = """
+from toolkit.algorithms import maml
+
+def sampler(shots):
+    raise RuntimeError("no such\\nspeaker")
+
+def method(model, boost=2.0, **shared):
+    return maml(model, name=f"boosted {boost}", **shared)
+
+def narrow(model):
+    return maml(model)
+"""
+
+
+def test_whatever_a_plug_in_raises_is_one_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "broken.py"
+    file.write_text(BROKEN)
+    config = quickstart.Config()
+    with pytest.raises(UserError, match="cannot be made: RuntimeError: no such speaker; --debug shows where"):
+        assemble(replace(config, sampler=f"{file}:sampler"))
+    with pytest.raises(UserError, match=r"narrow cannot be called \(.*; a method is def "):
+        assemble(replace(config, algorithm=f"{file}:narrow"))
+    with pytest.raises(UserError, match=r"cannot be called by name; a plug-in is a function or a class with named"):
+        assemble(replace(config, algorithm="builtins:dict"))
+    assert assemble(replace(config, algorithm=f"{file}:method", method=("boost=3.0",)))[1].name == "boosted 3.0"

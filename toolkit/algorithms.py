@@ -23,7 +23,7 @@ from toolkit.objectives import EveryStep, Implicit, annealed_weights, last_step
 from toolkit.objectives import reptile as reptile_objective
 from toolkit.order import with_order
 from toolkit.outer import Outer
-from toolkit.plugins import resolve
+from toolkit.plugins import resolve, takes
 from toolkit.rules import SGD, Frozen, PerStep, Proximal, Rule
 from toolkit.starts import BlankHead, Memory, Prototypes, Ridge, SharedHead, inherited, zeros
 from toolkit.tree import Selection
@@ -283,11 +283,14 @@ def build(name: str, model: nn.Module, classes: int | None = None, **arguments: 
     """The method called `name` (see `toolkit.plugins`); `classes` goes to those that pretrain on all training classes. Raises
     UserError for an unknown name, when there are no such classes, and when it makes something else than a learner."""
     method = resolve(name, "algorithms")
-    if "classes" in signature(method).parameters:
+    if "classes" in takes(method):
         if classes is None:
             raise UserError(f"{name} pretrains on all training classes, but these tasks have none; use a method such as joint")
         arguments["classes"] = classes
-    learner = method(model, **arguments)
+    try:
+        learner = method(model, **arguments)
+    except TypeError as error:
+        raise UserError(f"{name} cannot be called ({error}); a method is def {name}(model, *, own=1.0, **shared)") from error
     if not isinstance(learner, Learner):
         raise UserError(f"{name} made a {type(learner).__name__}; an algorithm is a function from a model to a Learner")
     return learner

@@ -144,15 +144,7 @@ def _samplers(arguments: argparse.Namespace) -> "dict[str, TaskSampler]":
         dataset_args=tuple(arguments.dataset_args),
     )
     check(flags)
-    try:
-        return parts.splits(flags)[1]
-    except UserError:
-        raise
-    except Exception as error:  # whatever the user's own factory raises
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{arguments.name} cannot be made: {type(error).__name__}: {reason}; --debug shows where it happens"
-        ) from error
+    return parts.splits(flags)[1]
 
 
 def _new(arguments: argparse.Namespace) -> int:

@@ -173,9 +173,10 @@ def _train(job: Job) -> Outcome:
     state = State(saved["iteration"], Meta(**move(saved["meta"], flags.device)), saved["optimizer"]) if saved else None
     selected = saved.get("selected", {})
     done = state.iteration if state else 0
-    sinks = loggers(flags.logger, job.folder, Run(job.folder).config, done)
     size, seconds = saved.get("metrics_bytes", 0), saved.get("seconds", 0.0)
-    journal = Journal(job.folder / "metrics.jsonl", flags.iterations, size, seconds, sinks)
+    journal = Journal(job.folder / "metrics.jsonl", flags.iterations, size, seconds)
+    # Made now, so that they find the journal as it was at the checkpoint.
+    journal.loggers = loggers(flags.logger, job.folder, Run(job.folder).config, done)
     if done:
         log.info("going on after iteration %d", done)
 

@@ -190,9 +190,9 @@ def settings(name: str, pairs: Sequence[str]) -> dict[str, Any]:
     without "=", for what the method does not take, and for a value of another kind."""
     method = plugins.resolve(name, "algorithms")
     common = set(signature(algorithms.maml).parameters) | {"classes"}
-    own = {
-        p.name: p.default for p in signature(method).parameters.values() if p.kind is p.KEYWORD_ONLY and p.name not in common
-    }
+    plugins.takes(method)  # refuses what cannot be called
+    parameters = signature(method).parameters.values()
+    own = {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in common}
     for pair in pairs:
         if pair.partition("=")[0] not in own or "=" not in pair:
             known = ", ".join(own)

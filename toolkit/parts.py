@@ -68,7 +68,7 @@ def splits(flags: F) -> tuple[F, dict[str, TaskSampler], ClassBank | None]:
     """The flags with the dataset settled, a sampler for each split, and the training classes if the tasks come from a bank."""
     own, datasets = type(flags)().sampler, plugins.names("datasets")
     name = flags.sampler
-    if name == "episodes" or name in datasets:
+    if name == "episodes" or (name in datasets and name not in plugins.names("samplers")):
         name = flags.dataset or (own if name == "episodes" else name)
         flags, make = replace(flags, sampler=name, dataset=None), None
     elif ":" in name or name in plugins.names("samplers"):

@@ -58,6 +58,8 @@ def resolve(name: str, kind: str | None = None) -> Any:
     one, for a short name that two packages register, and for a module or file that cannot be imported, with its reason.
     """
     place, colon, attribute = name.rpartition(":")
+    if colon and not (place and attribute):
+        raise UserError(f"{name!r} names only half of a plug-in; write module:NAME or path/to/file.py:NAME")
     if colon:
         return _attribute(_file(Path(place)) if place.endswith(".py") else _module(place, name), attribute, name)
     if name.endswith(".py"):
@@ -81,7 +83,7 @@ def call(target: Any, given: Mapping[str, Any], settings: Mapping[str, Any], wha
     """`target` called with those of the `given` arguments that it takes by name, and with the user's own `settings` for it.
 
     `what` names it in errors. Raises UserError for a setting that it does not take, and for an argument that it needs and
-    nobody gives.
+    nobody gives, and for whatever it raises.
     """
     parameters = {p.name: p for p in _parameters(target) if p.kind not in ANYTHING}
     own = sorted(set(parameters) - set(given))
@@ -95,7 +97,13 @@ def call(target: Any, given: Mapping[str, Any], settings: Mapping[str, Any], wha
             f"{what} needs {', '.join(needed)}, which is not given here; give it as a setting, or a default in its code "
             f"(given are {', '.join(sorted(given))})"
         )
-    return target(**arguments)
+    try:
+        return target(**arguments)
+    except UserError:
+        raise
+    except Exception as error:  # somebody else's code
+        reason = " ".join(str(error).split())
+        raise UserError(f"{what} cannot be made: {type(error).__name__}: {reason}; --debug shows where it happens") from error
 
 
 def settings(pairs: Iterable[str], flag: str, target: Any = None) -> dict[str, Any]:
@@ -126,9 +134,14 @@ def _like(value: object, default: object) -> bool:
 
 def _parameters(target: Any) -> list[inspect.Parameter]:
     try:
-        return list(inspect.signature(target).parameters.values())
+        parameters = list(inspect.signature(target).parameters.values())
+        if any(p.kind is p.POSITIONAL_ONLY for p in parameters):
+            raise ValueError
+        return parameters
     except (TypeError, ValueError):
-        raise UserError(f"{target!r} cannot be called; a plug-in is a function or a class") from None
+        raise UserError(
+            f"{target!r} cannot be called by name; a plug-in is a function or a class with named arguments"
+        ) from None
 
 
 def _entries(kind: str) -> tuple[EntryPoint, ...]:

@@ -2,7 +2,7 @@
 
 A logger is made by a function or class that takes, by name, what it needs of `folder`, the run folder; `config`, the flags as a
 dict; and `start`, the iteration that the run goes on from. It is then called with every row: a dict of numbers, as in
-`Run.metrics`. One that raises is dropped with a warning, and training goes on.
+`Run.metrics`. A function with a parameter `row` is one itself. One that raises is dropped with a warning, and training goes on.
 """
 
 import csv
@@ -13,6 +13,7 @@ from typing import Any
 
 from toolkit import plugins
 from toolkit.errors import UserError
+from toolkit.runs.folder import Run
 
 log = logging.getLogger("toolkit")
 Row = dict[str, float]
@@ -28,18 +29,16 @@ class Csv:
     def __init__(self, folder: Path, start: int = 0) -> None:
         self.folder = folder
         for name, columns in COLUMNS.items():
-            kept = []
-            if start and (folder / name).exists():
-                with open(folder / name, newline="") as file:
-                    kept = [row for row in csv.DictReader(file) if int(row["iteration"]) <= start]
             with open(folder / name, "w", newline="") as file:
-                writer = csv.DictWriter(file, columns)
-                writer.writeheader()
-                writer.writerows(kept)
+                csv.DictWriter(file, columns).writeheader()
+        # A resumed run starts its tables anew from the journal: their own last line may be torn, and some may be missing.
+        for row in Run(folder).metrics if start else ():
+            if row["iteration"] <= start:
+                self(row)
 
     def __call__(self, row: Row) -> None:
         for name, columns in COLUMNS.items():
-            if columns[1] in row:
+            if row.keys() & set(columns[1:]):
                 with open(self.folder / name, "a", newline="") as file:
                     csv.DictWriter(file, columns).writerow({key: row.get(key, "") for key in columns})
 
@@ -48,7 +47,7 @@ class Console:
     """Validation rows as lines of text."""
 
     def __call__(self, row: Row) -> None:
-        if "val_loss" in row:
+        if row.keys() & set(COLUMNS["validation.csv"][1:]):
             log.info("%s", "  ".join(f"{key} {value:.4g}" for key, value in row.items()))
 
 
@@ -58,6 +57,9 @@ def loggers(names: Iterable[str], folder: Path, config: dict[str, Any], start: i
     found = []
     for name in names:
         target = plugins.resolve(name, "loggers")
+        if "row" in plugins.takes(target):
+            found.append(target)
+            continue
         logger = plugins.call(target, given, {}, f"--logger {name}")
         if not callable(logger):
             raise UserError(f"--logger {name} made a {type(logger).__name__}; a logger is called with each row, as logger(row)")
