@@ -51,6 +51,13 @@ def test_a_planted_duplicate_is_counted_once_and_by_its_classes(rotations: bool)
     assert counts(turned(found) if rotations else found, "test") == (0, 0, 0, 0)
 
 
+def test_equal_drawings_are_named_by_their_classes_unturned() -> None:
+    found = banks()
+    found["train"].items[:12] = found["train"].items[12:]
+    assert counts(turned(found)) == (0, 12, 0, 0)
+    assert not [pair for pair in audit.equal_pairs("toy", turned(found)) if "deg" in f"{pair.one} {pair.other}"]
+
+
 def test_three_equal_items_are_three_pairs() -> None:
     found = banks()
     found["val"].items[4:7] = found["val"].items[0]
@@ -188,6 +195,7 @@ def test_tables_show_counts_names_and_what_has_none() -> None:
     assert "| girl (train) | baby (test) |" in made and "| cifar-fs-30 | 1 | 3 | 0 | - | - | - |" in made
     many = tables(found | {"pairs": FOUND["pairs"] * 10})
     assert f"{len(FOUND['pairs']) * 10 - LISTED} more are in datasets.json." in many
+    assert sum(" | equal | " in line for line in many.splitlines()) == LISTED
 
 
 def test_only_what_is_between_the_markers_is_replaced() -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import import_module, invalidate_caches
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +22,7 @@ from toolkit.algorithms import build
 from toolkit.data.bank import ClassBank
 from toolkit.flags import launch
 from toolkit.models import mlp
-from toolkit.parts import splits
+from toolkit.parts import assemble, splits
 from toolkit.plots import save
 from toolkit.plugins import KINDS, call, listing, names, resolve, settings, takes
 from toolkit.runs.checkpoint import load_newest
@@ -356,7 +357,7 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
     ),
     "sampler made a number": (quickstart, "--sampler mine.py:flawed", "the sampler mine.py:flawed made a int; return a task"),
     "sampler made a class": (quickstart, "--sampler mine.py:to_class", "the sampler mine.py:to_class made a type"),
-    "no function": (quickstart, "--sampler mine.py:number", "3 cannot be called; a plug-in is a function or a class"),
+    "no function": (quickstart, "--sampler mine.py:number", "3 cannot be called by name; a plug-in is a function or a class"),
     "dataset": (
         quickstart,
         "--dataset mine.py:no_bank",

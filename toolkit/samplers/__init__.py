@@ -9,10 +9,13 @@ from toolkit.samplers.episodes import Episodes
 from toolkit.samplers.linear import Linear
 from toolkit.samplers.loaders import Loaders, MetaTask, joint_epochs
 from toolkit.samplers.mixed import Mixed
+from toolkit.samplers.semi import SemiEpisodes
 from toolkit.samplers.sinusoid import Sinusoid
 from toolkit.samplers.tasksets import FromTaskset
+from toolkit.samplers.variable import VariableEpisodes
 
 __all__ = [
     "AllClasses", "Augmented", "Completion", "Episodes", "FromTaskset", "Harmonics", "Linear", "Loaders", "MetaTask", "Mixed",
-    "Report", "SineOrLine", "Sinusoid", "Steps", "by_torchvision", "check_sampler", "crop_flip", "joint_epochs",
+    "Report", "SemiEpisodes", "SineOrLine", "Sinusoid", "Steps", "VariableEpisodes", "by_torchvision", "check_sampler",
+    "crop_flip", "joint_epochs",
 ]  # fmt: skip
