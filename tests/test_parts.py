@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from experiments import quickstart, sinusoid
-from toolkit import Task, UserError, draw, meta_gradient
+from toolkit import Batch, Task, UserError, draw, meta_gradient
 from toolkit.data.bank import ClassBank
+from toolkit.experiment import run
 from toolkit.flags import EpisodeFlags
 from toolkit.metrics import accuracy, cross_entropy, squared_error
 from toolkit.parts import assemble, splits
 from toolkit.samplers import AllClasses, Augmented, Episodes, Sinusoid
-from toolkit.task import take
+from toolkit.task import IGNORED, take
 
 MODULE = __name__
 
@@ -169,6 +170,54 @@ def test_a_model_without_a_seed_is_seeded_and_leaves_the_global_generator_alone(
     weights = [assemble(flags(model=f"{file}:net", seed=seed))[1].init().params["1.weight"] for seed in (0, 0, 1)]
     assert torch.equal(before, torch.get_rng_state())
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+class Pair(torch.nn.Module):
+    """A network of two inputs."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.head = torch.nn.Linear(4, outputs)
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.head(torch.cat([a, b], -1))
+        return found
+
+
+def pairs(generator: torch.Generator) -> Task:
+    def batch(n: int) -> Batch:
+        y = torch.arange(3).repeat_interleave(n)
+        return Batch({name: torch.randn(3 * n, 2, generator=generator) + y[:, None] for name in "ab"}, y)
+
+    return Task(batch(1), batch(4))
+
+
+SHORT: dict[str, Any] = {"iterations": 2, "tasks": 2, "val_tasks": 2, "eval_tasks": 3, "eval_steps": 2, "validate_every": 1}
+
+
+@pytest.mark.parametrize("name", ["variable", "semi"])
+def test_a_run_on_tasks_with_unlabelled_or_padded_examples_keeps_an_example_without_them(name: str, tmp_path: Path) -> None:
+    own = {"variable": ("min_ways=2",), "semi": ("unlabelled=2", "distractors=1", "distractor_queries=2")}[name]
+    asked = flags(sampler=name, dataset=f"{MODULE}:images", ways=6, sampler_args=own, out=tmp_path / "run", **SHORT)
+    config, learner, tasks = assemble(asked)
+    example = run(config, "toy", learner, *tasks).example
+    drawn = take(draw(tasks.test, 1, 0, split="test"), 0)
+    assert (drawn.query.y == IGNORED).any(), "there is something to leave out"
+    assert torch.equal(example["query_y"], drawn.query.y[drawn.query.y >= 0])
+    assert torch.equal(example["support_y"], drawn.support.y[drawn.support.y >= 0])
+    assert len(example["support_x"]) == len(example["support_y"]) and len(example["query_x"]) == len(example["query_y"])
+    ways = int(example["query_y"].max()) + 1
+    assert example["predictions"].shape == (2, len(example["query_y"]), ways if name == "variable" else 6)
+    assert (tmp_path / "run" / "task.png").exists()
+
+
+def test_a_run_on_inputs_with_several_parts_ends_well_without_a_picture(tmp_path: Path) -> None:
+    asked = flags(sampler=f"{MODULE}:pairs", model=f"{MODULE}:Pair", out=tmp_path / "run", **SHORT)
+    config, learner, tasks = assemble(asked)
+    done = run(config, "toy", learner, *tasks)
+    assert done.summary["test"]["tasks"] == 3 and (tmp_path / "run" / "adaptation.png").exists()
+    assert not (tmp_path / "run" / "task.png").exists()
+    assert learner.init().params["head.weight"].shape == (3, 4)
 
 
 REFUSED: dict[str, tuple[Any, str]] = {

@@ -24,12 +24,13 @@ from toolkit.errors import UserError
 from toolkit.evaluate import calibrate, evaluate, predictions
 from toolkit.flags import Flags
 from toolkit.learner import Learner, Meta
+from toolkit.metrics import is_of_ways
 from toolkit.runs import checkpoint
 from toolkit.runs.folder import Run, config_hash, prepare, write_json
 from toolkit.runs.journal import Journal, rates
 from toolkit.runs.loggers import loggers
 from toolkit.runs.summary import code_version, summarise, table
-from toolkit.task import TaskSampler, draw, move, take
+from toolkit.task import IGNORED, Padded, TaskSampler, draw, move, take
 from toolkit.train import Gradient, NotFinite, Record, State, train
 from toolkit.tree import numel
 
@@ -278,15 +279,20 @@ def _stop_signals() -> Iterator[list[int]]:
 
 
 def _write_example(folder: Path, flags: Flags, learner: Learner, meta: Meta, test: TaskSampler) -> None:
-    """One test task with the predictions after some numbers of steps, for the picture of a task."""
+    """One test task with the predictions after some numbers of steps, for the picture of a task: what has a label of it."""
     from safetensors.torch import save_file
 
     task = take(draw(test, 1, flags.eval_seed, split="test"), 0)
     steps = tuple(sorted({k for k in (*SHOWN_STEPS, learner.steps) if k <= max(flags.eval_steps, learner.steps)}))
-    if not isinstance(task.support.x, torch.Tensor) or not isinstance(task.query.x, torch.Tensor):
+    if isinstance(task.support.x, dict) or isinstance(task.query.x, dict):
         return  # inputs with several parts have no picture
-    tensors = {
-        "support_x": task.support.x, "support_y": task.support.y, "query_x": task.query.x, "query_y": task.query.y,
-        "steps": torch.tensor(steps), "predictions": predictions(learner, meta, move(task, flags.device), steps),
-    }  # fmt: skip
+    predicted = predictions(learner, meta, move(task, flags.device), steps)
+    tensors: dict[str, torch.Tensor] = {"steps": torch.tensor(steps)}
+    for name, (x, y) in zip(("support", "query"), task, strict=True):
+        shown = (y != IGNORED).view(len(y), -1).all(1)
+        images = x.x if isinstance(x, Padded) else x
+        assert isinstance(images, torch.Tensor)
+        tensors |= {f"{name}_x": images[shown], f"{name}_y": y[shown]}
+    outputs = int(tensors["query_y"].max()) + 1 if is_of_ways(learner.metric) else None
+    tensors["predictions"] = predicted[:, shown, :outputs]  # the query set's, which came last
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "example.safetensors")

@@ -49,7 +49,9 @@ def draw_run(path: Path) -> list[Path]:
     drawn = {"adaptation": figures.adaptation([run]), "training": figures.training([run])}
     if any(key.startswith("rate/") for row in run.metrics for key in row):
         drawn["rates"] = learned_rates(run)
-    if kind := figures.example_kind(run):
+    if not (path / "example.safetensors").exists():
+        log.info("the tasks of %s have no picture: their inputs have several parts", path)
+    elif kind := figures.example_kind(run):
         drawn[kind] = figures.example(run)
     else:
         log.info("the example task of %s has no picture: it is neither images nor scalar regression", path)
