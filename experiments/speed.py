@@ -4,22 +4,27 @@
     python experiments/speed.py --only samplers --data-root data
 
 samplers: tasks per second of N-way K-shot image tasks on one thread, from the same uint8 images in memory: ours in meta-batches
-of 32 and one by one, learn2learn's `Taskset` (it remembers the tasks it drew, so each is drawn once here) and EasyFSL's
-`TaskSampler` in a `DataLoader` without workers (less one argument that stops it on this torch). All give float images in
-[0, 1] and labels. The rows are measured in turn, round after round, so that what else the machine does hits them alike; a
-figure is the median over rounds.
+of 32 and one by one, learn2learn's `Taskset` (endless, so that it remembers no tasks) and EasyFSL's `TaskSampler` in a
+`DataLoader` without workers (less one argument that stops it on this torch); and `Taskset` on learn2learn's own Omniglot class,
+which reads PNG files, as its examples do. All give float images in [0, 1] and labels. The rows are measured in turn, round
+after round, so that what else the machine does hits them alike; a figure is the median over rounds.
 
-Writes speed.md, speed.json and a bar plot to `--out`. The committed figures: results/speed.md.
+Writes speed.md, speed.json and a bar plot to `--out`. The committed figures: results/speed/speed.md.
 """
 
+import atexit
+import hashlib
 import logging
 import platform
+import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -30,7 +35,7 @@ from tqdm import tqdm
 from toolkit import draw
 from toolkit.data.bank import ClassBank
 from toolkit.data.cifar import cifar_fs_30
-from toolkit.data.omniglot import omniglot
+from toolkit.data.omniglot import PARTS, omniglot
 from toolkit.errors import UserError, unknown
 from toolkit.files import replace
 from toolkit.flags import launch
@@ -98,6 +103,7 @@ class Images(Dataset[tuple[Tensor, int]]):
 def samplers(config: Config) -> list[Row]:
     """Tasks per second."""
     omniglot_bank = omniglot("train", config.data_root, rotations=False)
+    files = _full_omniglot(config.data_root)
     found = []
     for name, bank in (("Omniglot 28x28", omniglot_bank), ("CIFAR-100 32x32", cifar_fs_30("train", config.data_root))):
         images = Images(bank)
@@ -108,6 +114,8 @@ def samplers(config: Config) -> list[Row]:
                 "learn2learn Taskset": _learn2learn(images, sizes),
                 "EasyFSL TaskSampler": _easyfsl(images, sizes),
             }
+            if bank is omniglot_bank:
+                draws["learn2learn FullOmniglot, from PNG files"] = _learn2learn(files, sizes)
             workload = f"{name}, {sizes[0]}-way {sizes[1]}-shot, {sizes[2]} queries"
             found += _table("samplers", workload, draws, "tasks/s", "learn2learn Taskset", config)
     return found
@@ -124,7 +132,26 @@ def _ours(bank: ClassBank, sizes: Sizes, tasks: int) -> Callable[[], int]:
     return once
 
 
-def _learn2learn(images: Images, sizes: Sizes) -> Callable[[], int]:
+def _full_omniglot(root: Path) -> Any:
+    """learn2learn's own Omniglot, as its examples use it: each image is read from its PNG file and shrunk when it is drawn."""
+    import learn2learn as l2l
+    from PIL.Image import Resampling
+    from torchvision import datasets, transforms
+
+    folder = Path(tempfile.mkdtemp()) / "omniglot-py"
+    atexit.register(shutil.rmtree, folder.parent, ignore_errors=True)
+    folder.mkdir()
+    md5 = {}
+    for part in PARTS:
+        shutil.copy(root / "omniglot-py" / f"{part}.zip", folder)
+        shutil.unpack_archive(folder / f"{part}.zip", folder)
+        md5[part] = hashlib.md5((folder / f"{part}.zip").read_bytes(), usedforsecurity=False).hexdigest()
+    shrink = transforms.Compose([transforms.Resize(28, Resampling.LANCZOS), transforms.ToTensor()])
+    with patch.object(datasets.Omniglot, "zips_md5", md5):  # torchvision knows the zips by their first packing only
+        return l2l.vision.datasets.FullOmniglot(root=str(folder.parent), transform=shrink, download=False)
+
+
+def _learn2learn(images: Any, sizes: Sizes) -> Callable[[], int]:
     import learn2learn as l2l
     from learn2learn.data import transforms
 
@@ -134,12 +161,10 @@ def _learn2learn(images: Images, sizes: Sizes) -> Callable[[], int]:
         transforms.FusedNWaysKShots(dataset, n=ways, k=shots + queries), transforms.LoadData(dataset),
         transforms.RemapLabels(dataset), transforms.ConsecutiveLabels(dataset),
     ]  # fmt: skip
-    tasks = l2l.data.Taskset(dataset, task_transforms=steps, num_tasks=10**9)
-    done = [0]
+    tasks = l2l.data.Taskset(dataset, task_transforms=steps, num_tasks=-1)
 
     def once() -> int:
-        tasks[done[0]]
-        done[0] += 1
+        tasks.sample()
         return 1
 
     return once
@@ -236,7 +261,7 @@ def markdown(rows: list[Row], on: dict[str, str], config: Config) -> str:
         for row in rows:
             if row.section == section:
                 spread = f"{row.value:,.0f} {row.unit} ({row.low:,.0f} to {row.high:,.0f})"
-                lines.append(f"| {row.workload} | {row.subject} | {spread} | {row.ratio:.1f} |")
+                lines.append(f"| {row.workload} | {row.subject} | {spread} | {row.ratio:.3g} |")
     return "\n".join(lines) + "\n"
 
 

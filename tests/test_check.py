@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from toolkit import Batch, Task, TaskSampler, UserError, draw
 from toolkit.data.bank import ClassBank, with_rotations
-from toolkit.samplers import AllClasses, Augmented, Episodes, Linear, Loaders, Sinusoid, crop_flip
+from toolkit.samplers import AllClasses, Augmented, Episodes, Linear, Loaders, Mixed, Sinusoid, crop_flip
 from toolkit.samplers.audit import BATCH, hashes
 from toolkit.samplers.check import Report, check_sampler
 from toolkit.samplers.identity import numbered
@@ -30,6 +30,7 @@ def bank(classes: int = 12, each: int = 8, seed: int = 0, name: str = "class") -
 
 BANK = bank()
 LOOSE = Episodes(BANK, 3, 2, 3)
+DOUBLED = replace(BANK, items=BANK.items[torch.arange(96) // 2])
 
 
 def clean(generator: torch.Generator) -> Task:
@@ -90,6 +91,8 @@ CLEAN: dict[str, Callable[[], TaskSampler]] = {
     "augmented copies": lambda: Augmented(LOOSE, crop_flip, copies=2, queries=False),
     "padded": lambda: padded,
     "pixels": Pixels,
+    "mixed": lambda: Mixed([LOOSE, Episodes(bank(seed=1), 3, 2, 3)]),
+    "mixed, of a bank with equal items": lambda: Mixed([LOOSE, Episodes(DOUBLED, 3, 2, 3)]),
 }
 
 
@@ -99,7 +102,12 @@ def test_a_clean_sampler_has_no_fault(name: str, seed: int) -> None:
     report = check_sampler(CLEAN[name](), 100, seed)
     assert report.ok and report.faults == (), str(report)
     assert report.tasks_per_second > 0
-    shown = {"linear": ["dtype"], "augmented copies": ["disjoint by content"], "padded": ["labels"]}
+    shown = {
+        "linear": ["dtype"],
+        "mixed, of a bank with equal items": ["disjoint by content"],
+        "augmented copies": ["disjoint by content"],
+        "padded": ["labels"],
+    }
     # The number of items of a label varies where tasks are padded: not here, but Linear is float64 by design.
     notes = [finding.check for finding in report.findings if finding.level == "note"]
     assert set(notes) <= set(shown.get(name, [])), str(report)
@@ -702,3 +710,19 @@ def test_ten_thousand_episodes_are_audited_in_well_under_a_minute() -> None:
     report = check_sampler(Episodes(many), 10_000)
     assert report.ok and finding(report, "disjoint by content")[1] == "no two items of any of 10000 tasks are equal"
     assert time.perf_counter() - start < 45
+
+
+def test_a_mixture_is_judged_by_each_of_its_samplers() -> None:
+    overlapping = Overlapping(BANK, 3, 2, 3)
+    report = check_sampler(Mixed([LOOSE, overlapping]), 100)
+    assert "disjoint by identity" in {finding.check for finding in report.faults}, str(report)
+
+
+class Overlapping(Episodes):
+    """Episodes whose first query item of each task is a support item."""
+
+    def draw_many(self, generators: Iterator[torch.Generator]) -> Task:
+        support, query = super().draw_many(generators)
+        x = query.x.clone()
+        x[:, 0] = support.x[:, 0]
+        return Task(support, Batch(x, query.y))

@@ -29,7 +29,7 @@ def bars(rows: Sequence[dict[str, Any]], title: str) -> Figure:
         axes.barh(place, row["value"], 0.85, color=shades[kind], label=row["subject"] if first else None)
         axes.errorbar(row["value"], place, xerr=spread, fmt="none", ecolor="black", elinewidth=0.6, capsize=1.5)
         axes.annotate(
-            f"{row['value']:,.0f}  ({row['ratio']:.1f}×)", (row["high"], place), (4, 0), textcoords="offset points", va="center"
+            f"{row['value']:,.0f}  ({row['ratio']:.3g}×)", (row["high"], place), (4, 0), textcoords="offset points", va="center"
         )
     axes.set_xscale("log")
     axes.set_yticks([step * i + (len(subjects) - 1) / 2 for i in range(len(workloads))], workloads)

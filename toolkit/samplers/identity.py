@@ -12,6 +12,7 @@ from toolkit.samplers.faults import Finding, banked
 from toolkit.task import IGNORED, Batch, Input
 
 ENOUGH = 20  # times that classes came again, before labels that never changed are no chance
+LEVELS = ("ok", "note", "fault")
 DISJOINT, MEANING = "disjoint by identity", "label meaning"
 
 
@@ -25,10 +26,13 @@ class Identity(NamedTuple):
 def identity(stream: Stream, tasks: int) -> Identity | None:
     """Whether items meet in a task, and whether labels say more than the task does; None for a sampler that shows no bank.
 
-    A sampler that wraps another by its field `sampler` is judged by the inner one."""
+    A sampler that wraps another by its field `sampler` is judged by the inner one, a mixture of `samplers` by each of them."""
     owner = banked(stream.sampler)
     if owner is None:
-        return None
+        mixed = getattr(stream.sampler, "samplers", ())
+        found = [identity(replace(stream, sampler=each), -(-tasks // len(mixed))) for each in mixed]
+        each_known = [one for one in found if one is not None]
+        return _together(each_known) if each_known and len(each_known) == len(found) else None
     facts, pairs = list[Facts](), list[tuple[Tensor, Tensor]]()
     try:
         whole = numbered(owner.bank)
@@ -79,6 +83,15 @@ def numbered(bank: ClassBank) -> ClassBank:
     shape = bank.items.shape[1:]
     items = rows.to(bank.items.device, dtype).view(-1, *[1] * len(shape)).expand(-1, *shape)
     return replace(bank, items=items, rows=None)
+
+
+def _together(found: list[Identity]) -> Identity:
+    """The findings on the samplers of a mixture, the worst of each name."""
+    worst: dict[str, Finding] = {}
+    for finding in (finding for one in found for finding in one.findings):
+        if finding.check not in worst or LEVELS.index(finding.level) > LEVELS.index(worst[finding.check].level):
+            worst[finding.check] = finding
+    return Identity(tuple(worst.values()), all(one.apart for one in found))
 
 
 def _unknown(reason: str) -> Identity:
