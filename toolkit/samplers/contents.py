@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,10 +133,17 @@ def content(stream: Stream, seen: Seen, known: Identity | None) -> Finding:
         return Finding(name, "ok", f"no two items of any of {total} tasks are equal")
     text = meeting(overlap, repeated, "item of equal content", stream)
     apart = known is not None and known.apart
-    if apart and banked(stream.sampler) is stream.sampler:
+    if apart and _unchanged(stream.sampler):
         return Finding(name, "note", f"the data hold equal items: {text}")
     if apart and not overlap.any():
         return Finding(name, "note", f"a changed copy can equal another item: {text}")
     if (apart or "ways" not in seen.facts[0]) and hits <= max(1, total // 1000):
         return Finding(name, "note", f"rare enough to be chance: {text}")
     return Finding(name, "fault", text)
+
+
+def _unchanged(sampler: Any) -> bool:
+    """Whether a sampler hands out the items of its bank as they are, as far as can be seen: it wraps no other one, or mixes
+    such samplers."""
+    mixed = getattr(sampler, "samplers", ())
+    return all(map(_unchanged, mixed)) if mixed else banked(sampler) is sampler
