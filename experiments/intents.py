@@ -9,10 +9,8 @@ Departures: the paper classifies all 150 intents at once and has no few-shot tas
 domains of their own (5, 2 and 3 of the 10), and the out-of-scope texts are not used. Nothing is pretrained and nothing
 downloaded: words and their character trigrams are hashed into 4,096 features, whose embeddings are all there is to learn.
 
-Expected (5-way, 600 test tasks, mean and 95 % interval; the commands with `--eval-seed 1`): see results/README.md. Nearest
-centroids without any training have 69.1 +- 0.8 % (1-shot) on the same network's embeddings and 73.1 +- 0.8 % on plain feature
-counts; with each count weighted by its rarity in the training domains, 77.9 +- 0.8 %. On domains this far away, meta-learning
-improves the network, and does not reach weighted counts.
+Expected numbers, and those of nearest class means without any training: results/README.md. On domains this far away,
+meta-learning improves the network, and does not reach counts of word pieces that are weighted by their rarity.
 """
 
 from dataclasses import dataclass
