@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 from ast import literal_eval
 from collections.abc import Iterable, Mapping
@@ -25,7 +26,7 @@ ANYTHING = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 
 
 class Plugin(NamedTuple):
-    """One registered name: its kind, the first line of what it is, and the package that brings it."""
+    """One registered name: its kind, what it is in a sentence, and the package that brings it."""
 
     kind: str
     name: str
@@ -43,7 +44,7 @@ def listing(kind: str) -> list[Plugin]:
     found = []
     for entry in sorted(_entries(kind), key=lambda entry: entry.name):
         try:
-            line = (inspect.getdoc(_unwrapped(entry.load())) or "no description").strip().splitlines()[0]
+            line = _described(entry.load())
         except Exception as error:  # whatever somebody else's module raises, the others can still be listed
             line = f"(cannot be imported: {type(error).__name__}: {error})"
         origin = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown package"
@@ -208,8 +209,12 @@ def _attribute(module: ModuleType, attribute: str, name: str) -> Any:
     return found
 
 
-def _unwrapped(target: Any) -> Any:
-    return getattr(target, "func", target)
+def _described(target: Any) -> str:
+    """The first sentence of its docstring; of a partial, with what it sets."""
+    text = inspect.getdoc(getattr(target, "func", target)) or "no description"
+    sentence = re.split(r"(?<=[.?!]) (?=[A-Z`])", " ".join(text.split("\n\n")[0].split()))[0]
+    set_by_partial = ", ".join(f"{key}={value}" for key, value in getattr(target, "keywords", {}).items())
+    return f"{sentence} ({set_by_partial})" if set_by_partial else sentence
 
 
 def _hint(key: str, known: list[str]) -> str:
