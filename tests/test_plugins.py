@@ -516,7 +516,7 @@ def test_a_resumed_run_repeats_no_row_of_a_table(mine: Path, monkeypatch: pytest
     [
         ("mine.py:plain", "maml-mine-plain-10s-seed0"),
         ("some/where/my pairs.py:Pairs", "maml-my-pairs-Pairs-10s-seed0"),
-        ("/root/x.py:A.b", "maml-x-A.b-10s-seed0"),
+        ("/elsewhere/x.py:A.b", "maml-x-A.b-10s-seed0"),
         ("package.module:Thing", "maml-package.module-Thing-10s-seed0"),
     ],
 )
