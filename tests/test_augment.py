@@ -7,15 +7,15 @@ import pytest
 import torch
 from scipy.stats import chisquare
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torchvision.transforms import v2
 
+from tests.test_samplers import same
 from toolkit import Batch, Task, TaskSampler, UserError, draw
 from toolkit.data.bank import ClassBank
 from toolkit.samplers import Augmented, Episodes, Sinusoid, crop_flip
 from toolkit.samplers.augment import by_torchvision
 from toolkit.samplers.mixed import Mixed
-from toolkit.task import Padded, stream_seed, take
+from toolkit.task import Padded
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -25,12 +25,6 @@ def seeded(seed: int = 0) -> torch.Generator:
 def noise(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
     """Images of random pixels, none of them black."""
     return torch.randint(1, 256, shape, generator=seeded(9)).to(dtype)
-
-
-def same(a: object, b: object) -> bool:
-    return all(
-        x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True)
-    )
 
 
 def episodes(size: int = 16, channels: int = 3) -> Episodes:
@@ -91,27 +85,6 @@ WAYS: dict[str, TaskSampler] = {
     "mixed, then augmented twice": Augmented(Augmented(Mixed([Mixed([episodes()]), episodes()]), crop_flip), crop_flip),
     "twice": Augmented(Augmented(episodes(), crop_flip), v2.RandomHorizontalFlip()),
 }
-
-
-@pytest.mark.parametrize("name", WAYS)
-def test_a_batch_of_augmented_tasks_equals_single_calls(name: str) -> None:
-    drawn = draw(WAYS[name], 8, seed=3, start=5)
-    for i in range(8):
-        generator = torch.Generator().manual_seed(stream_seed(3, "train", 5 + i))
-        assert same(take(drawn, i), WAYS[name](generator))
-    assert same(draw(WAYS[name], 3, seed=3, start=7), take(drawn, slice(2, 5)))
-
-
-@pytest.mark.parametrize("name", WAYS)
-def test_no_global_random_state_is_read_or_written(name: str) -> None:
-    found = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        state, python = torch.get_rng_state(), random.getstate()
-        found.append(draw(WAYS[name], 2, seed=0))
-        assert torch.equal(torch.get_rng_state(), state) and random.getstate() == python
-    assert same(*found)
 
 
 def test_what_is_to_stay_stays_and_labels_are_kept() -> None:

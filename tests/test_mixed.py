@@ -3,13 +3,13 @@
 import pytest
 import torch
 from scipy.stats import chisquare
-from torch.utils import _pytree as pytree
 
+from tests.test_samplers import same
 from toolkit import Batch, Task, TaskSampler, UserError, draw
 from toolkit.data.bank import ClassBank
 from toolkit.samplers import Episodes, Linear, Sinusoid
 from toolkit.samplers.mixed import Mixed, mixed, together
-from toolkit.task import Padded, generators, stream_seed, take
+from toolkit.task import Padded, generators
 
 
 def bank(value: int, channels: int = 1, size: int = 4, classes: int = 6, source: str = "toy") -> ClassBank:
@@ -35,24 +35,9 @@ MIXTURES: dict[str, Mixed] = {
 }
 
 
-def same(a: object, b: object) -> bool:
-    return all(
-        x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True)
-    )
-
-
 def chosen(tasks: Task) -> torch.Tensor:
     """Which of the three banks each task comes from."""
     return (tasks.support.x[:, 0, 0, 0, 0] * 255).round().long() // 100  # type: ignore[index]
-
-
-@pytest.mark.parametrize("name", MIXTURES)
-def test_a_batch_of_mixed_tasks_equals_single_calls(name: str) -> None:
-    drawn = draw(MIXTURES[name], 30, seed=3, start=5)
-    for i in range(30):
-        generator = torch.Generator().manual_seed(stream_seed(3, "train", 5 + i))
-        assert same(take(drawn, i), MIXTURES[name](generator))
-    assert same(draw(MIXTURES[name], 7, seed=3, start=12), take(drawn, slice(7, 14)))
 
 
 def test_a_task_is_what_its_sampler_draws_from_the_generator_as_the_choice_left_it() -> None:
@@ -62,13 +47,6 @@ def test_a_task_is_what_its_sampler_draws_from_the_generator_as_the_choice_left_
         twin = generator.clone_state()
         share = torch.rand((), generator=twin, dtype=torch.float64).item()
         assert same(mixture(generator), parts[int(share * 3)](twin))
-
-
-def test_drawing_mixed_tasks_leaves_global_random_state_alone() -> None:
-    torch.manual_seed(5)
-    state = torch.get_rng_state()
-    draw(Mixed([plain, Sinusoid(3, 4)]), 10, seed=0)
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize(("weights", "shares"), [(None, (1, 1, 1)), ([1, 2, 5], (1, 2, 5)), ((0.3, 0.1, 0.1), (3, 1, 1))])

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from tests.conftest import flat, named, relative, stirred
 from tests.test_contract import PLANS, arguments
-from tests.test_samplers import SIZES, bank, decode, same
+from tests.test_samplers import SIZES, bank, decode
 from toolkit import Batch, Learner, Meta, Plan, Task, UserError, algorithms, draw, evaluate, meta_gradient
 from toolkit.algorithms import METHODS, PRETRAINED
 from toolkit.data.bank import ClassBank
 from toolkit.evaluate import calibrate, predictions
 from toolkit.metrics import accuracy, cross_entropy, of_ways
 from toolkit.samplers.variable import VariableEpisodes
-from toolkit.task import IGNORED, Padded, stack, stream_seed, take
+from toolkit.task import IGNORED, Padded, stack, take
 from toolkit.tree import Params, tree_map
 
 WAYS = 4
@@ -37,14 +37,6 @@ TOY = {
     "balanced": VariableEpisodes(bank(), ways=5, shots=4, queries=3, balanced=True),
     "one size": VariableEpisodes(bank(), ways=3, shots=2, queries=2, min_ways=3, min_shots=2),
 }
-
-
-@pytest.mark.parametrize("name", TOY)
-def test_a_batch_of_variable_tasks_equals_single_calls(name: str) -> None:
-    drawn = draw(TOY[name], 20, seed=3, start=5)
-    for i in range(20):
-        assert same(take(drawn, i), TOY[name](torch.Generator().manual_seed(stream_seed(3, "train", 5 + i))))
-    assert same(draw(TOY[name], 7, seed=3, start=12), take(drawn, slice(7, 14)))
 
 
 @pytest.mark.parametrize("name", TOY)

@@ -1,7 +1,6 @@
 """Task samplers: the same tasks however they are drawn, uniform draws, disjoint sets, and clear errors."""
 
 import hashlib
-import random
 from collections.abc import Callable
 from itertools import permutations
 
@@ -68,30 +67,6 @@ def digest_of(*batches: Task) -> str:
     return digest.hexdigest()
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_a_batch_of_tasks_equals_single_calls(name: str) -> None:
-    drawn = draw(SAMPLERS[name], 20, seed=3, start=5)
-    assert count(drawn) == 20
-    for i in range(20):
-        generator = torch.Generator().manual_seed(stream_seed(3, "train", 5 + i))
-        assert same(take(drawn, i), SAMPLERS[name](generator))
-
-
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_a_task_does_not_depend_on_the_batch_it_is_drawn_in(name: str) -> None:
-    whole = draw(SAMPLERS[name], 40, seed=3)
-    assert same(draw(SAMPLERS[name], 20, seed=3, start=5), take(whole, slice(5, 25)))
-    for i in (0, 7, 39):
-        assert same(draw(SAMPLERS[name], 1, seed=3, start=i), take(whole, slice(i, i + 1)))
-
-
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_tasks_differ_over_seed_split_and_index(name: str) -> None:
-    batches = [draw(SAMPLERS[name], 10, seed, 0, split) for seed in (0, 1, 2) for split in ("train", "val", "test")]
-    tasks = [digest_of(take(tasks, slice(i, i + 1))) for tasks in batches for i in range(10)]
-    assert len(set(tasks)) == len(tasks) == 90
-
-
 def test_stream_seeds_are_63_bits_and_never_shared() -> None:
     seeds = [stream_seed(seed, split, i) for seed in (0, 1, 11) for split in ("train", "val") for i in range(2000)]
     assert len(set(seeds)) == len(seeds)
@@ -105,21 +80,6 @@ def test_generators_are_as_if_each_were_new() -> None:
         fresh = torch.Generator().manual_seed(stream_seed(1, "val", index))
         for _ in range(2):
             assert torch.equal(torch.randn(3, generator=generator), torch.randn(3, generator=fresh))
-
-
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_no_global_random_state_is_read_or_written(name: str) -> None:
-    found = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)
-        torch_state, python_state, numpy_state = torch.get_rng_state(), random.getstate(), np.random.get_state()
-        found.append(draw(SAMPLERS[name], 5, seed=0))
-        assert torch.equal(torch.get_rng_state(), torch_state)
-        assert random.getstate() == python_state
-        assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), numpy_state, strict=True))
-    assert same(*found)
 
 
 def test_support_and_query_are_disjoint_with_exact_counts_per_label() -> None:
@@ -384,16 +344,6 @@ def test_a_function_with_a_dict_for_x_can_be_drawn_from() -> None:
     assert tasks.support.x["tokens"].shape == (6, 3, 4)
     assert torch.equal(tasks.query.x["mask"], tasks.query.x["tokens"] > 10)  # type: ignore[index]
     assert count(tasks) == 6
-
-
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_the_fingerprint_does_not_depend_on_how_tasks_are_batched(name: str) -> None:
-    whole = draw(SAMPLERS[name], 12, seed=0)
-    pieces = [draw(SAMPLERS[name], n, seed=0, start=start) for start, n in ((0, 5), (5, 6), (11, 1))]
-    assert digest_of(whole) == digest_of(*pieces)
-    assert digest_of(whole) != digest_of(*pieces[:2])
-    assert digest_of(whole) != digest_of(pieces[1], pieces[0], pieces[2])
-    assert digest_of(whole) != digest_of(draw(SAMPLERS[name], 12, seed=1))
 
 
 def test_the_fingerprint_sees_every_value_dtype_and_shape() -> None:

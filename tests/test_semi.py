@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.conftest import named, relative, stirred
 from tests.test_contract import arguments
-from tests.test_samplers import SIZES, bank, decode, same
+from tests.test_samplers import SIZES, bank, decode
 from toolkit import Batch, Learner, Plan, Task, UserError, algorithms, draw, evaluate, meta_gradient
 from toolkit.algorithms import METHODS, PRETRAINED
 from toolkit.data.bank import ClassBank
@@ -18,7 +18,7 @@ from toolkit.evaluate import predictions
 from toolkit.metrics import accuracy, cross_entropy
 from toolkit.samplers import Episodes
 from toolkit.samplers.semi import SemiEpisodes
-from toolkit.task import IGNORED, stream_seed, take
+from toolkit.task import IGNORED, take
 
 TOY = {
     "unlabelled": SemiEpisodes(bank(), ways=3, shots=1, queries=2, unlabelled=3),
@@ -27,14 +27,6 @@ TOY = {
     "queries only": SemiEpisodes(bank(), ways=2, shots=1, queries=2, unlabelled=0, distractors=2, distractor_queries=1),
     "plain": SemiEpisodes(bank(), ways=3, shots=2, queries=3, unlabelled=0),
 }
-
-
-@pytest.mark.parametrize("name", TOY)
-def test_a_batch_of_semi_supervised_tasks_equals_single_calls(name: str) -> None:
-    drawn = draw(TOY[name], 20, seed=3, start=5)
-    for i in range(20):
-        assert same(take(drawn, i), TOY[name](torch.Generator().manual_seed(stream_seed(3, "train", 5 + i))))
-    assert same(draw(TOY[name], 7, seed=3, start=12), take(drawn, slice(7, 14)))
 
 
 @pytest.mark.parametrize("name", TOY)
