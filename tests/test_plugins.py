@@ -591,3 +591,9 @@ def test_whatever_a_plug_in_raises_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot be called by name; a plug-in is a function or a class with named"):
         assemble(replace(config, algorithm="builtins:dict"))
     assert assemble(replace(config, algorithm=f"{file}:method", method=("boost=3.0",)))[1].name == "boosted 3.0"
+
+
+def test_a_listing_gives_the_whole_first_sentence_and_what_a_partial_sets() -> None:
+    lines = {kind: {plugin.name: plugin.line for plugin in listing(kind)} for kind in ("algorithms", "models")}
+    assert lines["algorithms"]["anil"] == "Almost no inner loop: only the head adapts (Raghu et al. 2020, section 4)."
+    assert lines["models"]["conv4-32-pool"] == f"{lines['models']['conv4']} (width=32, pool=True)"
