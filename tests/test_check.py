@@ -713,7 +713,28 @@ def test_ten_thousand_episodes_are_audited_in_well_under_a_minute() -> None:
 def test_a_mixture_is_judged_by_each_of_its_samplers() -> None:
     overlapping = Overlapping(BANK, 3, 2, 3)
     report = check_sampler(Mixed([LOOSE, overlapping]), 100)
-    assert "disjoint by identity" in report.faults, str(report)
+    assert {"disjoint by identity", "disjoint by content"} <= set(report.faults), str(report)
+
+
+class Repeating(Episodes):
+    """Episodes whose first two support items are one."""
+
+    def draw_many(self, generators: Iterator[torch.Generator]) -> Task:
+        support, query = super().draw_many(generators)
+        x = support.x.clone()
+        x[:, 1] = x[:, 0]
+        return Task(Batch(x, support.y), query)
+
+
+def test_an_item_twice_in_one_set_is_seen_by_identity() -> None:
+    report = check_sampler(Repeating(BANK, 3, 2, 3), 40)
+    assert set(DISJOINT) <= set(report.faults) and "an item is twice in one set" in finding(report, "disjoint by identity")[1]
+
+
+def test_numbers_of_very_large_banks_stay_apart() -> None:
+    rows = 2**24 + torch.arange(4)
+    whole = ClassBank(torch.zeros(1, 1), torch.tensor([0, 4]), ("a",), rows=rows)
+    assert numbered(whole).items.flatten().long().tolist() == rows.tolist()
 
 
 class Overlapping(Episodes):
