@@ -46,13 +46,13 @@ from toolkit.algorithms import maml
 from toolkit.curve import Curve
 from toolkit.data.bank import ClassBank
 from toolkit.data.omniglot import omniglot
-from toolkit.engine import Plan
 from toolkit.errors import UserError
 from toolkit.evaluate import evaluate
 from toolkit.flags import launch
 from toolkit.learner import Learner, Meta
 from toolkit.metrics import accuracy
 from toolkit.models import BigModel
+from toolkit.plan import Plan
 from toolkit.runs.folder import Run, prepare, write_json
 from toolkit.runs.summary import code_version, summarise
 from toolkit.samplers import Loaders, MetaTask, joint_epochs

@@ -13,8 +13,7 @@ from torch.utils import _pytree as pytree
 
 from tests.conftest import convolutional, dense, finite_differences, mean_objective, relative, task_batch
 from toolkit import Batch, Learner, Meta, Plan, Task, UserError, algorithms, draw, evaluate, meta_gradient
-from toolkit.engine import _checked, _unrolled, default_plan, lift_vmap
-from toolkit.learner import Score
+from toolkit.plan import default_plan
 from toolkit.metrics import accuracy, squared_error
 from toolkit.norms import Norms
 from toolkit.objectives import EveryStep
@@ -130,7 +129,6 @@ def test_every_step_and_the_query_set_draw_masks_of_their_own() -> None:
     learner = algorithms.maml(model, inner_lr=0.1, inner_steps=3)
     tasks = task_batch(tasks=1, support=4, query=4)
     meta_gradient(learner, learner.init(), tasks, Plan("loop"))
-    seen = seen[1:]  # the first pass only observes the model
     assert len(seen) == 4 == len(set(seen))
 
 
@@ -212,105 +210,11 @@ def test_only_the_plain_formula_of_attention_is_used(plan: Plan) -> None:
     before = torch.backends.cuda.flash_sdp_enabled()
     assert before, "a fused kernel must be allowed outside, or this test proves nothing"
     meta_gradient(learner, learner.init(), task_batch(), plan)
-    inside = [*seen[1:]]  # the first pass only observes the model
+    inside = [*seen]
     seen.clear()
     evaluate(learner, learner.init(), sampler, 3, 1, plan=plan)
     assert inside and seen and all(inside) and all(seen)
     assert torch.backends.cuda.flash_sdp_enabled() == before
-
-
-def eager(own: Learner, meta: Meta, piece: Task) -> tuple[Meta, Score]:
-    return _unrolled(own, lift_vmap, meta, piece)
-
-
-def altered(change: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Meta, Score]]:
-    """A compiler whose gradient is wrong by `change`."""
-
-    def compiled(own: Learner, meta: Meta, piece: Task) -> tuple[Meta, Score]:
-        grads, score = eager(own, meta, piece)
-        return pytree.tree_map(change, grads), score
-
-    return compiled
-
-
-def casting() -> nn.Module:
-    return Lambda(lambda own, x: own.head(x.float()), head=dense().float())
-
-
-def in_single(tasks: Task) -> Task:
-    return pytree.tree_map(lambda t: t.float() if t.is_floating_point() else t, tasks)
-
-
-@pytest.mark.parametrize("model", ["float64", "float32", "casting"])
-def test_wrong_compiled_code_is_noticed_and_rounding_is_not(model: str) -> None:
-    network = {"float64": dense, "float32": lambda: dense().float(), "casting": casting}[model]()
-    tasks = task_batch() if model == "float64" else in_single(task_batch())
-    rounding = {"float64": 1e-12, "float32": 1e-6, "casting": 1e-6}[model]
-    wrong = {"float64": 1e-8, "float32": 1e-2, "casting": 0.5}[model]
-    learner = algorithms.maml(network)
-    before = [p.dtype for p in (*network.parameters(), *learner.model.parameters())]
-    meta = learner.init()
-    expected = eager(learner, meta, tasks)
-    fine = _checked(altered(lambda t: t + rounding), eager)
-    assert relative(fine(learner, meta, tasks), expected) < 1e-4
-    with pytest.raises(UserError, match="the compiled meta-gradient is off by"):
-        _checked(altered(lambda t: t + wrong), eager)(learner, meta, tasks)
-    assert [p.dtype for p in (*network.parameters(), *learner.model.parameters())] == before, "the check must copy the model"
-
-
-def test_a_wrong_loss_of_compiled_code_is_noticed() -> None:
-    def compiled(own: Learner, meta: Meta, piece: Task) -> tuple[Meta, Score]:
-        grads, score = eager(own, meta, piece)
-        return grads, Score(score.loss + 1e-3, score.metric)
-
-    learner = algorithms.maml(dense())
-    with pytest.raises(UserError, match="off by"):
-        _checked(compiled, eager)(learner, learner.init(), task_batch())
-
-
-def test_compiled_code_is_compared_once_and_then_used() -> None:
-    calls: list[str] = []
-
-    def compiled(own: Learner, meta: Meta, piece: Task) -> tuple[Meta, Score]:
-        calls.append("compiled")
-        return eager(own, meta, piece)
-
-    def plain(own: Learner, meta: Meta, piece: Task) -> tuple[Meta, Score]:
-        calls.append("eager")
-        return eager(own, meta, piece)
-
-    learner = algorithms.maml(dense())
-    function = _checked(compiled, plain)
-    for _ in range(3):
-        function(learner, learner.init(), task_batch())
-    assert calls == ["compiled", "eager", "eager", "compiled", "compiled"]
-
-
-def test_a_compiler_that_fails_costs_a_warning_and_is_not_tried_again(caplog: pytest.LogCaptureFixture) -> None:
-    tried: list[int] = []
-
-    def compiled(own: Learner, meta: Meta, piece: Task) -> tuple[Meta, Score]:
-        tried.append(1)
-        raise RuntimeError("no such backend\nand a long trace")
-
-    learner = algorithms.maml(dense())
-    meta, tasks = learner.init(), task_batch()
-    function = _checked(compiled, eager)
-    with caplog.at_level(logging.WARNING, "toolkit"):
-        results = [function(learner, meta, tasks) for _ in range(3)]
-    assert all(relative(result, eager(learner, meta, tasks)) == 0 for result in results)
-    assert len(tried) == 1 and len(caplog.records) == 1
-    assert "torch.compile failed (no such backend); going on without it" in caplog.text
-
-
-def test_nan_is_refused_from_compiled_code_only_where_the_true_result_is_finite() -> None:
-    learner = algorithms.maml(dense())
-    meta, tasks = learner.init(), task_batch()
-    with pytest.raises(UserError, match="off by nan"):
-        _checked(altered(lambda t: t * torch.nan), eager)(learner, meta, tasks)
-    poisoned = tasks._replace(query=tasks.query._replace(x=tasks.query.x * torch.nan))
-    grads, score = _checked(eager, eager)(learner, meta, poisoned)
-    assert score.loss.isnan().all() and all(g.isnan().any() for g in grads.params.values())
 
 
 def test_a_frozen_parameter_is_left_out_and_the_rest_is_exact() -> None:

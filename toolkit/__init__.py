@@ -4,11 +4,12 @@ __version__ = "0.1.0"
 
 from toolkit import algorithms, plugins
 from toolkit.curve import Curve
-from toolkit.engine import Metrics, Plan, meta_gradient
+from toolkit.engine import Metrics, meta_gradient
 from toolkit.errors import UserError
 from toolkit.evaluate import calibrate, evaluate
 from toolkit.learner import Learner, Meta
 from toolkit.outer import Outer
+from toolkit.plan import Plan
 from toolkit.samplers.check import check_sampler
 from toolkit.task import Batch, Task, TaskSampler, draw
 from toolkit.train import Record, State, train

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from toolkit.engine import Metrics, Plan, exact_attention, gradient_function
+from toolkit.engine import Metrics, exact_attention, gradient_function
 from toolkit.errors import UserError, unknown
 from toolkit.learner import Learner, Meta, Score, support_loss
 from toolkit.modules import without_head
 from toolkit.objectives import last_step
+from toolkit.plan import Plan
 from toolkit.rules import SGD
 from toolkit.starts import inherited
 from toolkit.task import Input, Padded, Task, count, take

@@ -6,86 +6,26 @@ order, so a run repeats bit for bit.
 """
 
 import copy
-import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import grad, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from toolkit.errors import UserError, unknown
-from toolkit.learner import Learner, Meta, Observed, Score
+from toolkit.errors import UserError
+from toolkit.learner import Learner, Meta, Score
+from toolkit.plan import Plan, default_plan
+from toolkit.prefix import features, shortened, with_features
+from toolkit.recorded import Recorder
 from toolkit.task import Task, count, take
-
-log = logging.getLogger("toolkit")
-R = TypeVar("R")
-MAPS, MEMORIES = ("vmap", "loop", "threads"), ("unroll", "recompute")
-# Measured for conv4 on 28x28 images: tasks of 10 images are fastest eight in a piece, of 30 four, of 80 alone.
-PIXELS_PER_PIECE = 100_000
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a learner is mapped over a batch of tasks.
-
-    `map`      "vmap" (all tasks of a piece in one vectorised pass), "loop" (one by one), or "threads" (pieces in parallel, one
-               intra-op thread each; best for convolutions on a CPU).
-    `chunk`    tasks per piece: all with "vmap" by default, 1 otherwise. Smaller pieces need less memory.
-    `memory`   "unroll" keeps the graph of all inner steps; "recompute" keeps only the path of fast weights and rebuilds each
-               step's graph on the way back: memory nearly flat in the number of inner steps, the gradient exact.
-    `compile`  compiles the meta-gradient of a piece with `torch.compile`: tens of seconds once, then about ten times faster
-               for small networks.
-    `workers`  threads of "threads"; by default as many as torch uses.
-    """
-
-    map: Literal["vmap", "loop", "threads"] = "vmap"
-    chunk: int | None = None
-    memory: Literal["unroll", "recompute"] = "unroll"
-    compile: bool = False
-    workers: int | None = None
-
-    def __post_init__(self) -> None:
-        for kind, value, known in (("map", self.map, MAPS), ("memory", self.memory, MEMORIES)):
-            if value not in known:
-                raise unknown(f"{kind} of a plan", value, known)
-        if self.workers is not None and self.workers < 1:
-            raise UserError(f"workers is {self.workers}; give 1 thread or more, or None")
-        if self.chunk is not None and self.chunk < 1:
-            raise UserError(f"chunk is {self.chunk}; give 1 task or more per piece, or None")
-        if self.map == "loop" and self.chunk not in (None, 1):
-            raise UserError(f"map 'loop' takes tasks one by one, but chunk is {self.chunk}; use map 'vmap' with this chunk")
-        if self.compile and self.map == "threads":
-            raise UserError("a compiled plan cannot run in threads; use map 'vmap' or compile=False")
-
-    def pieces(self, tasks: Task) -> Iterator[Task]:
-        """The batch of tasks cut into batches of at most `chunk` tasks."""
-        total = count(tasks)
-        size = self.chunk or (total if self.map == "vmap" else 1)
-        return (take(tasks, slice(i, i + size)) for i in range(0, total, size))
-
-
-def default_plan(learner: Learner, tasks: Task) -> Plan:
-    """The plan for a learner and a batch like `tasks` when none is given.
-
-    Vmap in general; for convolutions on a CPU threads with pieces of a few tasks, since a wide vmap there costs memory and
-    time; a loop for recurrent layers, which vmap cannot map.
-    """
-    modules = list(learner.model.modules())
-    if any(isinstance(module, nn.RNNBase | nn.RNNCellBase) for module in modules):
-        return Plan("loop")
-    convolutional = any(isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) for module in modules)
-    dropout = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0 for m in modules)
-    if tasks.support.y.device.type != "cpu" or not convolutional or dropout:
-        return Plan("vmap")
-    pixels = sum(leaf.numel() for leaf in pytree.tree_leaves((tasks.support.x, tasks.query.x))) // count(tasks)
-    return Plan("threads", chunk=max(1, min(8, PIXELS_PER_PIECE // pixels)))
 
 
 class Metrics(NamedTuple):
@@ -108,30 +48,34 @@ def meta_gradient(learner: Learner, meta: Meta, tasks: Task, plan: Plan | None =
 
 @lru_cache(maxsize=8)
 def gradient_function(learner: Learner, plan: Plan) -> Callable[[Meta, Task], tuple[Meta, Metrics]]:
-    """`meta_gradient` for a fixed learner and plan, with its threads or compiled code kept for the next call."""
+    """`meta_gradient` for a fixed learner and plan, with its threads or recorded code kept for the next call.
+
+    The first batch decides whether the front of the model can run once per task (`prefix.shortened`).
+    """
     piece_gradient = _recomputed if plan.memory == "recompute" else _unrolled
 
     def of_piece(own: Learner, meta: Meta, piece: Task) -> tuple[Meta, Score]:
-        return piece_gradient(own, lift_for(plan, piece), meta, piece)
+        with precision(plan, piece):
+            return piece_gradient(own, lift_for(plan, piece), meta, piece)
 
-    if plan.compile:
-        of_piece = _checked(torch.compile(of_piece, fullgraph=True), of_piece)
-    run = runner(learner, plan)
-
-    observed: list[Observed] = []
+    recorder = Recorder(of_piece, plan.compile, partial(_in_double, of_piece), lambda out: (out[0], out[1].loss))
+    ready: list[tuple[Learner, Runner]] = []
 
     def gradient(meta: Meta, tasks: Task) -> tuple[Meta, Metrics]:
         _check_batch(tasks)
-        if not observed:
-            observed.append(learner.observe(take(tasks, 0).support.x))
-            if observed[0].random and (plan.map == "threads" or plan.memory == "recompute" or plan.compile):
-                raise UserError(
-                    "the model draws random numbers (dropout?), which threads, recompute and compiled code cannot repeat; "
-                    "use map 'vmap' or 'loop' with memory 'unroll' and no compile"
-                )
         total, grads, scores = count(tasks), None, []
         with exact_attention():
-            for piece_grads, score in run(lambda own, piece: of_piece(own, meta, piece), plan.pieces(tasks)):
+            if not ready:
+                _refuse_random(learner, plan, tasks)
+                one = take(tasks, slice(0, 1))
+                own = shortened(learner, meta, take(one, 0), learner.steps, lambda each, meta: of_piece(each, meta, one))
+                ready.append((own, runner(own, plan)))
+            own, run = ready[0]
+            pieces = list(plan.pieces(tasks))
+            if plan.records:
+                for piece in (pieces[0], pieces[-1]):
+                    recorder.prepare(own, meta, piece)
+            for piece_grads, score in run(lambda own, piece: recorder(own, meta, piece), pieces):
                 grads = piece_grads if grads is None else _add(grads, piece_grads)
                 scores.append(score)
         task_loss, task_metric = (torch.cat(values).detach() for values in zip(*scores, strict=True))
@@ -139,6 +83,15 @@ def gradient_function(learner: Learner, plan: Plan) -> Callable[[Meta, Task], tu
         return mean, Metrics(task_loss.mean(), task_metric.mean(), task_loss, task_metric)
 
     return gradient
+
+
+def _refuse_random(learner: Learner, plan: Plan, tasks: Task) -> None:
+    cannot = plan.map == "threads" or plan.memory == "recompute" or plan.records
+    if cannot and learner.observe(take(tasks, 0).support.x).random:
+        raise UserError(
+            "the model draws random numbers (dropout?), which threads, recompute and recorded or compiled code cannot repeat; "
+            "use map 'vmap' or 'loop' with memory 'unroll', no trace and no compile"
+        )
 
 
 def _check_batch(tasks: Task) -> None:
@@ -150,7 +103,10 @@ def _check_batch(tasks: Task) -> None:
         )
 
 
-def runner(learner: Learner, plan: Plan) -> Callable[[Callable[[Learner, Task], R], Iterator[Task]], Iterator[R]]:
+Runner = Callable[[Callable[[Learner, Task], Any], Iterable[Task]], Iterator[Any]]
+
+
+def runner(learner: Learner, plan: Plan) -> Runner:
     """A function (work, pieces) -> results in order; `work(learner, piece)` runs in threads where the plan says so."""
     if plan.map != "threads":
         return lambda work, pieces: (work(learner, piece) for piece in pieces)
@@ -163,6 +119,13 @@ def runner(learner: Learner, plan: Plan) -> Callable[[Callable[[Learner, Task], 
 
     pool = ThreadPoolExecutor(plan.workers or torch.get_num_threads(), "tasks", start_thread)
     return lambda work, pieces: pool.map(lambda piece: work(local.learner, piece), pieces)
+
+
+def precision(plan: Plan, tasks: Task) -> Any:
+    """The precision of convolutions and matrix products that the plan asks for."""
+    if plan.autocast is None:
+        return nullcontext()
+    return torch.autocast(tasks.support.y.device.type, getattr(torch, plan.autocast), cache_enabled=False)
 
 
 def exact_attention() -> Any:
@@ -194,6 +157,7 @@ def lift_one(function: Callable[..., Any], in_dims: tuple[int | None, ...]) -> C
 
 def _unrolled(learner: Learner, lift: Lift, meta: Meta, tasks: Task) -> tuple[Meta, Score]:
     def objective(meta: Meta, task: Task) -> tuple[Tensor, Score]:
+        task = with_features(task, features(learner, meta, task))
         return learner.objective(learner, meta, learner.path(meta, task.support), task)
 
     def total(meta: Meta) -> tuple[Tensor, Score]:
@@ -205,80 +169,56 @@ def _unrolled(learner: Learner, lift: Lift, meta: Meta, tasks: Task) -> tuple[Me
 
 def _recomputed(learner: Learner, lift: Lift, meta: Meta, tasks: Task) -> tuple[Meta, Score]:
     """The adjoint sweep: forward without a graph, keeping the path; then back, one step's graph at a time."""
+    front = lift(partial(features, learner), (None, 0))
     begin = lift(learner.begin, (None, 0))
     steps = [lift(partial(learner.step, k=k), (None, 0, 0)) for k in range(learner.steps)]
     judge = lift(lambda meta, path, task: learner.objective(learner, meta, path, task), (None, 0, 0))
 
-    def total(meta: Meta, path: list[Any]) -> tuple[Tensor, Score]:
-        values, scores = judge(meta, path, tasks)
+    def total(meta: Meta, shown: Any, path: list[Any]) -> tuple[Tensor, Score]:
+        values, scores = judge(meta, path, with_features(tasks, shown))
         return values.sum(), scores
 
+    def start(meta: Meta, shown: Any) -> Any:
+        return begin(meta, with_features(tasks, shown).support)
+
+    def step(k: int, meta: Meta, shown: Any, carry: Any) -> Any:
+        return steps[k](meta, carry, with_features(tasks, shown).support)
+
     with torch.no_grad():
-        carries = [begin(meta, tasks.support)]
+        shown = front(meta, tasks)
+        carries = [start(meta, shown)]
         for k in range(learner.steps):
-            carries.append(steps[k](meta, carries[-1], tasks.support))
-    value, pull, scores = vjp(total, meta, [carry.fast for carry in carries], has_aux=True)  # type: ignore[misc]
-    grads, path_grads = pull(torch.ones_like(value))
+            carries.append(step(k, meta, shown, carries[-1]))
+    value, pull, scores = vjp(total, meta, shown, [carry.fast for carry in carries], has_aux=True)  # type: ignore[misc]
+    *sums, path_grads = pull(torch.ones_like(value))
+    del pull, value  # and with them the graph of the query set, which is the largest
     adjoint = carries[-1]._replace(fast=path_grads[-1], state=pytree.tree_map(torch.zeros_like, carries[-1].state))
     for k in reversed(range(learner.steps)):
-        _, pull = vjp(lambda meta, carry, k=k: steps[k](meta, carry, tasks.support), meta, carries[k])  # type: ignore[misc]
-        own, adjoint = pull(adjoint)
-        grads = _add(grads, own)
-        adjoint = adjoint._replace(fast=_add(adjoint.fast, path_grads[k]))
         carries.pop()
-    _, pull = vjp(lambda meta: begin(meta, tasks.support), meta)  # type: ignore[misc]
-    return _add(grads, pull(adjoint)[0]), scores
+        _, pull = vjp(partial(step, k), meta, shown, carries[-1])  # type: ignore[misc]
+        *own, adjoint = pull(adjoint)
+        sums = _add(sums, own)
+        adjoint = adjoint._replace(fast=_add(adjoint.fast, path_grads[k]))
+    _, pull = vjp(start, meta, shown)  # type: ignore[misc]
+    grads, to_shown = _add(sums, list(pull(adjoint)))
+    if not pytree.tree_leaves(shown):
+        return grads, scores
+    _, pull = vjp(lambda meta: front(meta, tasks), meta)  # type: ignore[misc]
+    return _add(grads, pull(to_shown)[0]), scores
 
 
 def _add(a: Any, b: Any) -> Any:
     return pytree.tree_map(torch.add, a, b)
 
 
-def _checked(compiled: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
-    """`compiled`, compared with `eager` on its first call; where it cannot be compiled, `eager` with a warning."""
-    chosen: list[Callable[..., Any]] = []
-
-    def function(own: Learner, meta: Meta, piece: Task) -> Any:
-        if chosen:
-            return chosen[0](own, meta, piece)
-        try:
-            found = compiled(own, meta, piece)
-        except Exception as error:  # whatever the compiler stumbles on, the run can go on without it
-            reason = (str(error).strip().splitlines() or [repr(error)])[0]
-            log.warning("torch.compile failed (%s); going on without it, --no-compile avoids the attempt", reason)
-            chosen.append(eager)
-            return eager(own, meta, piece)
-        _compare(found, eager(own, meta, piece), _in_double(eager, own, meta, piece))
-        chosen.append(compiled)
-        return found
-
-    return function
-
-
-def _in_double(eager: Callable[..., Any], own: Learner, meta: Meta, piece: Task) -> Any:
-    """`eager` in float64; None when the model cannot run so (a cast in it, a device without float64)."""
+def _in_double(function: Callable[..., Any], own: Learner, meta: Meta, piece: Task) -> Any:
+    """`function` in float64; None when the model cannot run so (a cast in it, a device without float64)."""
 
     def double(tensor: Tensor) -> Tensor:
         return tensor.double() if tensor.is_floating_point() else tensor
 
     learner = replace(own, model=copy.deepcopy(own.model).double())
     try:
-        return eager(learner, pytree.tree_map(double, meta), pytree.tree_map(double, piece))
+        return function(learner, pytree.tree_map(double, meta), pytree.tree_map(double, piece))
     except (RuntimeError, TypeError):
         return None
-
-
-def _compare(compiled: Any, eager: Any, exact: Any) -> None:
-    """Raises UserError when the compiled gradient or loss is much further from float64 than the eager one is: ten times, plus
-    1e-4 of its size (1e-10 in float64). A fixed bound would refuse ill-conditioned batches, where both are equally rounded;
-    only where there is no float64 result, 1e-2 against the eager one must do. The metric may jump, so it is left out."""
-    sides = [pytree.tree_leaves((grads, score.loss)) for grads, score in (compiled, eager, exact or eager)]
-    for a, b, c in zip(*sides, strict=True):
-        slack = 1e-10 if b.dtype == torch.float64 else 1e-4 if exact else 1e-2
-        off = float((a.double() - c).abs().max())
-        allowed = 10 * float((b.double() - c).abs().max()) + slack * (1 + float(c.abs().max()))
-        if not off <= allowed and bool(c.isfinite().all()):
-            raise UserError(
-                f"the compiled meta-gradient is off by {off:.1e} where rounding explains {allowed:.1e}; "
-                "use --no-compile and report this model"
-            )

@@ -19,12 +19,12 @@ from tqdm import tqdm
 
 from toolkit import plugins
 from toolkit.backend import backend
-from toolkit.engine import Plan, default_plan
 from toolkit.errors import UserError
 from toolkit.evaluate import calibrate, evaluate, predictions
 from toolkit.flags import Flags
 from toolkit.learner import Learner, Meta
 from toolkit.metrics import is_of_ways
+from toolkit.plan import Plan, default_plan
 from toolkit.runs import checkpoint
 from toolkit.runs.folder import Run, config_hash, prepare, write_json
 from toolkit.runs.journal import Journal, rates

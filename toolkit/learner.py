@@ -210,12 +210,16 @@ class Learner:
         elif policy == "support" and support_x is not None:
             first = pytree.tree_leaves(support_x)[0].shape[0]
             x = pytree.tree_map(lambda s, q: torch.cat([s, q]), support_x, x)
-        if model is self.headless:
-            params = {name: p for name, p in params.items() if not name.startswith(f"{self.head}.")}
         x, real = x if isinstance(x, Padded) else (x, None)
         inputs = ((), x) if isinstance(x, dict) else ((x,), {})
         with Norms(policy, first, real) as norms:
-            return functional_call(model, {**buffers, **params}, *inputs)[first:], norms, buffers
+            return functional_call(model, self._own(model, {**buffers, **params}), *inputs)[first:], norms, buffers
+
+    def _own(self, model: nn.Module, tensors: Params) -> Params:
+        """Those of the tensors that `model` has, which may be a part of the learner's model."""
+        if model is not self.headless:
+            return tensors
+        return {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{self.head}.")}
 
     def _statistics(self, meta: Meta, k: int) -> Params:
         if not meta.stats and batch_norms(self.model):

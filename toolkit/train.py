@@ -10,9 +10,10 @@ import torch
 from torch.nn.utils import get_total_norm
 from torch.utils import _pytree as pytree
 
-from toolkit.engine import Metrics, Plan, default_plan, gradient_function
+from toolkit.engine import Metrics, gradient_function
 from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta
+from toolkit.plan import Plan, default_plan
 from toolkit.task import Task, TaskSampler, draw, move, stream_seed, take
 
 log = logging.getLogger("toolkit")

@@ -13,9 +13,9 @@ from torch import Tensor
 
 import toolkit
 from toolkit.curve import Curve
-from toolkit.engine import Plan
 from toolkit.learner import Learner
 from toolkit.norms import TRANSDUCTIVE
+from toolkit.plan import Plan
 from toolkit.runs.folder import config_hash
 from toolkit.tree import numel
 

@@ -1,0 +1,198 @@
+"""Recorded and compiled functions: the same numbers, a comparison that notices wrong ones, and a run that goes on without."""
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from tests.conftest import convolutional, dense, relative, task_batch
+from toolkit import Learner, Meta, Plan, Task, UserError, algorithms, meta_gradient, recorded
+from toolkit.engine import _in_double, _unrolled, gradient_function, lift_vmap
+from toolkit.learner import Score
+from toolkit.recorded import Recorder, record
+
+
+class Casting(nn.Module):
+    """A network that has no float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = dense().float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.float())  # type: ignore[no-any-return]
+
+
+class Peeking(nn.Module):
+    """A network that looks at the values of its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = dense()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x) if x.sum() > 0 else self.head(2 * x)  # type: ignore[no-any-return]
+
+
+def eager(own: Learner, meta: Meta, piece: Task) -> tuple[Meta, Score]:
+    return _unrolled(own, lift_vmap, meta, piece)
+
+
+def recorder(function: Callable[..., Any], compiled: bool = False) -> Recorder:
+    return Recorder(function, compiled, partial(_in_double, eager), lambda out: (out[0], out[1].loss))
+
+
+@pytest.fixture
+def altered(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any], Any]], Recorder]:
+    """A recorder whose recordings are wrong by a change of their result."""
+
+    def make(change: Callable[[Any], Any]) -> Recorder:
+        def wrong(function: Callable[..., Any], *trees: Any) -> Callable[..., Any]:
+            return lambda *trees: change(function(*trees))
+
+        monkeypatch.setattr(recorded, "record", wrong)
+        return recorder(eager)
+
+    return make
+
+
+def on_gradient(change: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
+    return lambda out: (pytree.tree_map(change, out[0]), out[1])
+
+
+def in_single(tasks: Task) -> Task:
+    return pytree.tree_map(lambda t: t.float() if t.is_floating_point() else t, tasks)
+
+
+PLANS = [Plan("vmap", trace=True), Plan("vmap", chunk=2, trace=True), Plan("loop", trace=True),
+         Plan("threads", chunk=2, workers=2, trace=True), Plan("vmap", memory="recompute", trace=True)]  # fmt: skip
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("model", ["dense", "convolutional"])
+def test_recorded_plans_give_the_same_gradient_and_the_same_bits_again(model: str, plan: Plan) -> None:
+    network, tasks = (dense(), task_batch()) if model == "dense" else (convolutional(), task_batch(shape=(1, 8, 8)))
+    learner = algorithms.maml(network, inner_lr=0.3, inner_steps=2)
+    meta, moved = learner.init(), pytree.tree_map(lambda t: 1.1 * t, learner.init())
+    found = [meta_gradient(learner, point, tasks, plan) for point in (meta, moved, meta)]
+    for point, (grads, metrics) in zip((meta, moved), found[:2], strict=True):
+        expected, scores = meta_gradient(learner, point, tasks, Plan("loop"))
+        assert relative(grads, expected) < 1e-12 and relative(metrics, scores) < 1e-12
+    assert relative(found[2], found[0]) == 0
+
+
+def test_a_recorded_batch_of_another_size_is_recorded_anew() -> None:
+    learner = algorithms.maml(dense(), inner_lr=0.3)
+    meta = learner.init()
+    for tasks in (task_batch(tasks=3), task_batch(tasks=4), task_batch(tasks=4, query=2)):
+        grads, _ = meta_gradient(learner, meta, tasks, Plan("vmap", chunk=2, trace=True))
+        assert relative(grads, meta_gradient(learner, meta, tasks, Plan("loop"))[0]) < 1e-12
+
+
+@pytest.mark.parametrize("model", ["float64", "float32", "casting"])
+def test_wrong_recordings_are_noticed_and_rounding_is_not(model: str, altered: Any) -> None:
+    network = {"float64": dense, "float32": lambda: dense().float(), "casting": Casting}[model]()
+    tasks = task_batch() if model == "float64" else in_single(task_batch())
+    rounding = {"float64": 1e-12, "float32": 1e-6, "casting": 1e-6}[model]
+    wrong = {"float64": 1e-8, "float32": 1e-2, "casting": 0.5}[model]
+    learner = algorithms.maml(network)
+    before = [p.dtype for p in (*network.parameters(), *learner.model.parameters())]
+    meta = learner.init()
+    fine = altered(on_gradient(lambda t: t + rounding))
+    fine.prepare(learner, meta, tasks)
+    assert 0 < relative(fine(learner, meta, tasks), eager(learner, meta, tasks)) < 1e-4
+    with pytest.raises(UserError, match="the recorded result is off by"):
+        altered(on_gradient(lambda t: t + wrong)).prepare(learner, meta, tasks)
+    assert [p.dtype for p in (*network.parameters(), *learner.model.parameters())] == before, "the check must copy the model"
+
+
+def test_a_wrong_loss_of_a_recording_is_noticed(altered: Any) -> None:
+    learner = algorithms.maml(dense())
+    with pytest.raises(UserError, match="off by"):
+        altered(lambda out: (out[0], Score(out[1].loss + 1e-3, out[1].metric))).prepare(learner, learner.init(), task_batch())
+
+
+def test_nan_is_refused_from_a_recording_only_where_the_true_result_is_finite(altered: Any) -> None:
+    learner = algorithms.maml(dense())
+    meta, tasks = learner.init(), task_batch()
+    with pytest.raises(UserError, match="off by nan"):
+        altered(on_gradient(lambda t: t * torch.nan)).prepare(learner, meta, tasks)
+    poisoned = tasks._replace(query=tasks.query._replace(x=tasks.query.x * torch.nan))
+    own = altered(lambda out: out)
+    own.prepare(learner, meta, poisoned)
+    grads, score = own(learner, meta, poisoned)
+    assert score.loss.isnan().all() and all(g.isnan().any() for g in grads.params.values())
+
+
+def test_a_recording_is_compared_once_and_then_used() -> None:
+    calls: list[int] = []
+
+    def counted(own: Learner, meta: Meta, piece: Task) -> tuple[Meta, Score]:
+        calls.append(1)
+        return eager(own, meta, piece)
+
+    learner, own = algorithms.maml(dense()), recorder(counted)
+    for _ in range(3):
+        own.prepare(learner, learner.init(), task_batch())
+        own(learner, learner.init(), task_batch())
+    assert len(calls) == 2, "once to record, once to compare"
+
+
+def test_what_looks_at_values_is_not_recorded_and_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    learner, tasks = algorithms.maml(Peeking()), task_batch()
+    function, plain = (gradient_function(learner, Plan("loop", trace=trace)) for trace in (True, False))
+    with caplog.at_level(logging.WARNING, "toolkit"):
+        for _ in range(2):
+            assert relative(function(learner.init(), tasks), plain(learner.init(), tasks)) == 0
+    assert len(caplog.records) == 1 and "recording failed" in caplog.text and "going on without it" in caplog.text
+
+
+def test_a_compiler_that_fails_costs_a_warning_and_is_not_tried_again(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def compiler(*arguments: Any, **options: Any) -> Any:
+        tried.append(1)
+        raise RuntimeError("no such backend\nand a long trace")
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    learner, tasks = algorithms.maml(dense()), task_batch()
+    function = gradient_function(learner, Plan("vmap", compile=True))
+    with caplog.at_level(logging.WARNING, "toolkit"):
+        results = [function(learner.init(), tasks) for _ in range(3)]
+    expected = meta_gradient(learner, learner.init(), tasks, Plan("vmap"))
+    assert all(relative(result, expected) == 0 for result in results)
+    assert len(tried) == 1 and len(caplog.records) == 1
+    assert "torch.compile failed (no such backend); going on without it" in caplog.text
+
+
+def test_a_compiler_that_takes_too_long_is_not_waited_for(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = recorded.threading.Event()
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: lambda *given: done.wait(60))
+    monkeypatch.setattr(recorded, "PATIENCE", 0.2)
+    monkeypatch.setattr(recorded, "GLANCE", 0.1)
+    learner, tasks = algorithms.maml(dense()), task_batch()
+    with caplog.at_level(logging.INFO, "toolkit"):
+        grads, _ = meta_gradient(learner, learner.init(), tasks, Plan("vmap", compile=True))
+    done.set()
+    assert relative(grads, meta_gradient(learner, learner.init(), tasks)[0]) < 1e-12
+    assert "compiling, 0 s so far" in caplog.text and "torch.compile failed (not done after 0 s)" in caplog.text
+
+
+def test_a_recording_keeps_what_writes_in_place() -> None:
+    def function(x: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        y[1:] += x[1:]
+        return y * 2
+
+    x = torch.arange(3.0)
+    replay = record(function, torch.ones(3))
+    assert torch.equal(replay(x), torch.tensor([0.0, 2.0, 4.0])) and torch.equal(replay(x), torch.tensor([0.0, 2.0, 4.0]))

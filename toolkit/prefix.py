@@ -1,0 +1,142 @@
+"""The part of a model before the first adapting layer gives the same features at every inner step: it runs once per task.
+
+`shortened` makes of a learner one whose path walks on `features` of a task's inputs. The meta-gradient
+then goes back through the front once too, with the sum of what all steps send.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils import _pytree as pytree
+
+from toolkit.learner import Carry, Learner, Meta
+from toolkit.modules import cut, without_head
+from toolkit.objectives import last_step
+from toolkit.rules import Frozen
+from toolkit.starts import inherited
+from toolkit.task import Batch, Input, Padded, Task
+from toolkit.tree import Params, tree_map
+
+Features = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Shortened(Learner):
+    """A learner for tasks whose inputs are features: `front` makes them from the inputs, `back` is the rest of the model. All
+    else, names of parameters too, is that of the learner of the whole model."""
+
+    front: nn.Module = field(init=False, repr=False)
+    back: nn.Module = field(init=False, repr=False)
+    front_names: frozenset[str] = field(init=False, repr=False)
+    back_names: frozenset[str] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parts = _parts(self)
+        assert parts is not None, "shortened makes no such learner of a model without a front"
+        for name, part in zip(("front", "back"), parts, strict=True):
+            object.__setattr__(self, name, part)
+            own = (*part.named_parameters(remove_duplicate=False), *part.named_buffers(remove_duplicate=False))
+            object.__setattr__(self, f"{name}_names", frozenset(key for key, _ in own))
+        object.__setattr__(self, "headless", without_head(self.back, self.head))
+
+    def features(self, meta: Meta, task: Task) -> Features:
+        """What the front makes of the support and of the query inputs of one task; differentiable in `meta`."""
+        (support, _), (query, _) = task
+        return tuple(self._run(self.front, meta, {}, *x, 0)[0] for x in ((support, None), (query, support)))  # type: ignore
+
+    def predict(self, meta: Meta, fast: Params, x: Input, support_x: Input | None = None, k: int | None = None) -> Tensor:
+        return self._run(self.back, meta, fast, x, support_x, self.steps if k is None else k)[0]
+
+    def step(self, meta: Meta, carry: Carry, support: Batch, k: int) -> Carry:
+        # A step of first order takes the shared weights for constants, so also what they made of the inputs.
+        if self.order is not None and k < self.steps - self.order:
+            support = pytree.tree_map(torch.Tensor.detach, support)
+        return super().step(meta, carry, support, k)
+
+    def _own(self, model: nn.Module, tensors: Params) -> Params:
+        names = self.front_names if model is self.front else self.back_names
+        return {name: tensor for name, tensor in super()._own(model, tensors).items() if name in names}
+
+
+def features(learner: Learner, meta: Meta, task: Task) -> Features | tuple[()]:
+    """What the front of a `Shortened` learner makes of one task's inputs; nothing for another learner."""
+    return learner.features(meta, task) if isinstance(learner, Shortened) else ()
+
+
+def with_features(task: Task, features: Features | tuple[()]) -> Task:
+    """A task, or a batch of tasks, with its `features` in place of its inputs, if there are any; filling stays filling."""
+    if not features:
+        return task
+    return Task(*(batch._replace(x=_filled(batch.x, x)) for batch, x in zip(task, features, strict=True)))
+
+
+def _filled(x: Input, features: Tensor) -> Input:
+    return Padded(features, x.real) if isinstance(x, Padded) else features
+
+
+def shortened(learner: Learner, meta: Meta, task: Task, steps: int, work: Callable[[Learner, Meta], Any]) -> Learner:
+    """The learner that runs the front of the model once per task, where that is possible and the same; else `learner`.
+
+    Not the same are a front that treats steps or minibatches apart (`_parts` cuts before such layers) or draws random numbers,
+    and a start, rule, inner loss or objective that does more with inputs than to hand them to the learner. That cannot be
+    read off a function, so both learners do the `work` to come, say the gradient of `task`, and must agree; `work` returns
+    trees, each compared as a whole. The weights for that are `meta` with noise, so that what starts at 0 counts.
+    """
+    if not steps or type(learner) is not Learner or isinstance(task.support.x, dict) or _parts(learner) is None:
+        return learner
+    own = Shortened(**{f.name: getattr(learner, f.name) for f in fields(learner) if f.init})
+    front = Learner(
+        own.front, own.loss, (), inherited, Frozen(), 0, last_step, batch_norm=own.batch_norm, training=own.training
+    )
+    seen = front.observe(task.support.x)
+    if seen.random or (seen.batch_norm and not _steady(learner)):
+        return learner
+    meta = _stirred(meta)
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    found = []
+    for each in (learner, own):
+        with torch.random.fork_rng(devices):
+            try:
+                found.append(work(each, meta))
+            except Exception:  # a part that stumbles over features, or a run whose own error is to come
+                return learner
+    return own if all(map(_equal, *found)) else learner
+
+
+def _parts(learner: Learner) -> tuple[nn.Module, nn.Module] | None:
+    """The learner's model, cut before what adapts and what may differ from step to step."""
+
+    def blocked(layer: nn.Module) -> bool:
+        return any(
+            (isinstance(m, _DropoutNd) and m.training and m.p > 0) or (isinstance(m, _BatchNorm) and not _steady(learner))
+            for m in layer.modules()
+        )
+
+    return cut(learner.model, learner.adapted_names, blocked)
+
+
+def _steady(learner: Learner) -> bool:
+    """Whether batch norm does the same at every step."""
+    return learner.batch_norm == "running" or (learner.batch is None and not learner.batch_norm.startswith("per_step"))
+
+
+def _stirred(meta: Meta) -> Meta:
+    generator = torch.Generator().manual_seed(0)
+
+    def stir(tensor: Tensor) -> Tensor:
+        size = tensor.square().mean().sqrt()
+        return tensor + 0.1 * torch.where(size > 0, size, 1) * torch.randn(tensor.shape, generator=generator).to(tensor)
+
+    return Meta(tree_map(stir, meta.params), tree_map(stir, meta.learned), meta.stats)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    ours, theirs = (torch.cat([leaf.reshape(-1) for leaf in pytree.tree_leaves(tree)] or [torch.zeros(1)]) for tree in (a, b))
+    slack = 1e-8 if ours.dtype == torch.float64 else 1e-2
+    return bool((ours - theirs).norm() <= slack * theirs.norm())

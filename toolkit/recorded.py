@@ -1,0 +1,145 @@
+"""Functions of tensors as recorded operations: traced once, replayed without Python's and autograd's work, or compiled.
+
+What is recorded is what torch runs, derivatives included, so a replay gives the same numbers. A recording holds for one set of
+shapes, and for a function that does the same for all values of its tensors: one that looks at them cannot be recorded, and one
+that draws random numbers should not be.
+"""
+
+import logging
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from toolkit.data.cache import cache_folder
+from toolkit.errors import UserError
+
+log = logging.getLogger("toolkit")
+PATIENCE, GLANCE = 120.0, 10.0  # seconds that the compiler gets, and between two words on it
+
+
+class Recorder:
+    """`function(learner, *trees)` by its recording for each set of shapes that `prepare` was called with; else as it is.
+
+    `prepare` also compares what is `judged` of the first result with that of the function itself, both against `exact`, the
+    same in float64 (None where there is none). What cannot be recorded or compiled runs as it is, with a warning.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], compiled: bool, exact: Callable[..., Any], judged: Callable[[Any], Any]
+    ) -> None:
+        self.function, self.compiled, self.exact, self.judged = function, compiled, exact, judged
+        self.made: dict[Any, Callable[..., Any] | None] = {}
+
+    def prepare(self, learner: Any, *trees: Any) -> None:
+        """Records for these shapes, unless it is done. Not for threads: recording is the work of one."""
+        if (key := _shapes(trees)) in self.made:
+            return
+        self.made[key] = None
+        step = "recording"
+        try:
+            recording = record(lambda *trees: self.function(learner, *trees), *trees)
+            found = recording(*trees)
+            if self.compiled:
+                step = "torch.compile"
+                recording = compiled(recording)
+                found = recording(*trees)
+        except Exception as error:  # whatever they stumble on, the run can go on without it
+            reason = (str(error).strip().splitlines() or [repr(error)])[0]
+            avoid = "--no-compile" if self.compiled else "--no-trace"
+            log.warning("%s failed (%s); going on without it, %s avoids the attempt", step, reason, avoid)
+            return
+        exact = self.exact(learner, *trees)
+        sides = self.judged(found), self.judged(self.function(learner, *trees)), None if exact is None else self.judged(exact)
+        compare(*sides)
+        self.made[key] = recording
+
+    def __call__(self, learner: Any, *trees: Any) -> Any:
+        recording = self.made.get(_shapes(trees)) if self.made else None
+        return self.function(learner, *trees) if recording is None else recording(*trees)
+
+
+class Recording:
+    """The operations of a function, as a graph over the leaves of its arguments."""
+
+    def __init__(self, graph: Callable[..., Any], result: Any, example: list[Tensor]) -> None:
+        self.graph, self.result, self.example = graph, result, example
+
+    def __call__(self, *trees: Any) -> Any:
+        with torch.no_grad():
+            return pytree.tree_unflatten(self.graph(*pytree.tree_leaves(trees)), self.result)
+
+
+def record(function: Callable[..., Any], *trees: Any) -> Recording:
+    """The operations that `function` runs on `trees`. Raises RuntimeError for one that looks at the values of its tensors."""
+    leaves, given = pytree.tree_flatten(trees)
+    result = []
+
+    def flat(*leaves: Tensor) -> list[Tensor]:
+        out, spec = pytree.tree_flatten(function(*pytree.tree_unflatten(leaves, given)))
+        result.append(spec)
+        return out
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch about its own batching rules
+        graph = make_fx(flat)(*leaves)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return Recording(graph, result[-1], leaves)
+
+
+def compiled(recording: Recording) -> Recording:
+    """The recording compiled, which its first call does in tens of seconds; on disk for later processes. Raises RuntimeError
+    when that takes longer than two minutes, or what torch raises where there is no compiler."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+    began, done, threads = time.perf_counter(), threading.Event(), torch.get_num_threads()
+    fast = torch.compile(recording.graph, fullgraph=True, dynamic=False)
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        torch.set_num_threads(threads)  # which is each thread's own, and built into the code
+        try:
+            with torch.no_grad():
+                fast(*recording.example)
+        except BaseException as error:
+            failed.append(error)
+        done.set()
+
+    # In a thread of its own, since a compiler cannot be interrupted: past our patience it ends unheard.
+    threading.Thread(target=work, daemon=True, name="compiler").start()
+    while not done.wait(GLANCE):
+        passed = time.perf_counter() - began
+        if passed > PATIENCE:
+            raise RuntimeError(f"not done after {passed:.0f} s")
+        log.info("compiling, %.0f s so far", passed)
+    if failed:
+        raise failed[0]
+    log.info("compiled in %.1f s", time.perf_counter() - began)
+    return Recording(fast, recording.result, recording.example)
+
+
+def _shapes(trees: Any) -> tuple[Any, ...]:
+    return tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in pytree.tree_leaves(trees))
+
+
+def compare(found: Any, plain: Any, exact: Any) -> None:
+    """Raises UserError when a recorded result is much further from float64 than the plain one is: ten times, plus 1e-4 of its
+    size (1e-10 in float64). A fixed bound would refuse ill-conditioned batches, where both are equally rounded; only where
+    there is no float64 result, 1e-2 against the plain one must do."""
+    sides = [pytree.tree_leaves(tree) for tree in (found, plain, plain if exact is None else exact)]
+    for a, b, c in zip(*sides, strict=True):
+        slack = 1e-10 if b.dtype == torch.float64 else 1e-4 if exact is not None else 1e-2
+        off = float((a.double() - c).abs().max())
+        allowed = 10 * float((b.double() - c).abs().max()) + slack * (1 + float(c.abs().max()))
+        if not off <= allowed and bool(c.isfinite().all()):
+            raise UserError(
+                f"the recorded result is off by {off:.1e} where rounding explains {allowed:.1e}; use --no-trace and "
+                "--no-compile, and report this model"
+            )
