@@ -33,7 +33,6 @@ class Config(EpisodeFlags):
     iterations: int = 15_000
     val_tasks: int = 200
     eval_tasks: int = 1_000
-    compile: bool = True
 
 
 def main(config: Config) -> None:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tests.conftest import convolutional, dense, finite_differences, mean_objective, relative, task_batch
-from toolkit import Batch, Learner, Meta, Plan, Task, UserError, algorithms, draw, evaluate, meta_gradient
-from toolkit.plan import default_plan
+from toolkit import Batch, Plan, Task, UserError, algorithms, draw, evaluate, meta_gradient
 from toolkit.metrics import accuracy, squared_error
 from toolkit.norms import Norms
 from toolkit.objectives import EveryStep
+from toolkit.plan import default_plan
 from toolkit.samplers import Sinusoid
 from toolkit.task import generators, take
 

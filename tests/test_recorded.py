@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from tests.conftest import convolutional, dense, relative, task_batch
 from toolkit import Learner, Meta, Plan, Task, UserError, algorithms, meta_gradient, recorded
-from toolkit.engine import _in_double, _unrolled, gradient_function, lift_vmap
+from toolkit.engine import _unrolled, gradient_function, in_double, lift_vmap
 from toolkit.learner import Score
 from toolkit.recorded import Recorder, record
 
@@ -44,7 +44,7 @@ def eager(own: Learner, meta: Meta, piece: Task) -> tuple[Meta, Score]:
 
 
 def recorder(function: Callable[..., Any], compiled: bool = False) -> Recorder:
-    return Recorder(function, compiled, partial(_in_double, eager), lambda out: (out[0], out[1].loss))
+    return Recorder(function, compiled, partial(in_double, eager), lambda out: (out[0], out[1].loss))
 
 
 @pytest.fixture

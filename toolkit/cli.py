@@ -25,7 +25,10 @@ def main() -> None:
             from toolkit.flags import undotted
 
             words = undotted(words)
-        arguments = parser.parse_args(words)
+        arguments, rest = parser.parse_known_args(words)
+        if rest and arguments.command != "plan":
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        arguments.flags = rest
         code = arguments.run(arguments)
     except UserError as error:
         if "--debug" in words:
@@ -73,6 +76,14 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("kind", metavar="KIND", help="sampler, model or algorithm")
     new.add_argument("path", type=Path, metavar="PATH", help="Python file to write, such as my_sampler.py")
     new.set_defaults(run=_new)
+
+    plan = commands.add_parser(
+        "plan",
+        parents=[debug],
+        add_help=False,
+        help="predict and measure the time and memory of plans; takes the flags of an experiment",
+    )
+    plan.set_defaults(run=_plan)
 
     plot = commands.add_parser("plot", parents=[debug], help="draw the figures of run folders anew")
     plot.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, the one that holds summary.json")
@@ -154,6 +165,34 @@ def _new(arguments: argparse.Namespace) -> int:
     for path in files:
         print(path)
     print(f"\nnext: python -m pytest {files[-1]}")
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    import tyro
+
+    from toolkit import choose, parts
+    from toolkit.flags import EpisodeFlags, check, undotted
+    from toolkit.task import draw
+
+    about = "Predicts what a meta-gradient costs by each plan, from a few pieces of the batch, and measures it."
+    flags = tyro.cli(EpisodeFlags, args=undotted(arguments.flags), prog="toolkit plan", description=about)
+    check(flags)
+    flags, learner, tasks = parts.assemble(flags)
+    batch = draw(tasks.training, flags.tasks, flags.seed)
+    print(f"{learner.name}, {flags.tasks} tasks of {flags.sampler} a meta-gradient")
+    print(f"{'plan':44} {'predicted s':>12} {'measured s':>12} {'predicted MB':>13} {'measured MB':>13}")
+    found = []
+    for row, cost in choose.survey(learner, batch, flags.budget, flags.trace, flags.compile):
+        if row.cost is None or cost is None:
+            print(f"{row.plan!s:44} {row.reason}")
+            continue
+        found.append((cost.seconds, row.plan))
+        cells = [cell for pair in zip(choose.in_units(row.cost), choose.in_units(cost), strict=True) for cell in pair]
+        print(f"{row.plan!s:44} {cells[0]:>12.4g} {cells[1]:>12.4g} {cells[2]:>13.0f} {cells[3]:>13.0f}", flush=True)
+    if not found:
+        raise UserError(f"no plan fits; {row.reason}")
+    print(f"fastest: {min(found, key=lambda pair: pair[0])[1]}")
     return 0
 
 

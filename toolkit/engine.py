@@ -20,6 +20,7 @@ from torch.func import grad, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from toolkit.allocator import keep_freed_memory
 from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta, Score
 from toolkit.plan import Plan, default_plan
@@ -58,7 +59,7 @@ def gradient_function(learner: Learner, plan: Plan) -> Callable[[Meta, Task], tu
         with precision(plan, piece):
             return piece_gradient(own, lift_for(plan, piece), meta, piece)
 
-    recorder = Recorder(of_piece, plan.compile, partial(_in_double, of_piece), lambda out: (out[0], out[1].loss))
+    recorder = Recorder(of_piece, plan.compile, partial(in_double, of_piece), lambda out: (out[0], out[1].loss))
     ready: list[tuple[Learner, Runner]] = []
 
     def gradient(meta: Meta, tasks: Task) -> tuple[Meta, Metrics]:
@@ -67,6 +68,8 @@ def gradient_function(learner: Learner, plan: Plan) -> Callable[[Meta, Task], tu
         with exact_attention():
             if not ready:
                 _refuse_random(learner, plan, tasks)
+                if plan.memory == "unroll" and tasks.support.y.device.type == "cpu":
+                    keep_freed_memory()
                 one = take(tasks, slice(0, 1))
                 own = shortened(learner, meta, take(one, 0), learner.steps, lambda each, meta: of_piece(each, meta, one))
                 ready.append((own, runner(own, plan)))
@@ -211,7 +214,7 @@ def _add(a: Any, b: Any) -> Any:
     return pytree.tree_map(torch.add, a, b)
 
 
-def _in_double(function: Callable[..., Any], own: Learner, meta: Meta, piece: Task) -> Any:
+def in_double(function: Callable[..., Any], own: Learner, meta: Meta, piece: Task) -> Any:
     """`function` in float64; None when the model cannot run so (a cast in it, a device without float64)."""
 
     def double(tensor: Tensor) -> Tensor:

@@ -3,16 +3,19 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from toolkit.curve import Curve
-from toolkit.engine import Plan, default_plan, exact_attention, lift_for, runner
+from toolkit.engine import Runner, exact_attention, in_double, lift_for, precision, runner
 from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta, Score
 from toolkit.metrics import is_of_ways, within
+from toolkit.plan import Plan, default_plan
+from toolkit.prefix import features, shortened, with_features
+from toolkit.recorded import Recorder
 from toolkit.task import Task, TaskSampler, count, draw, fingerprint, move, take
 from toolkit.tree import Params, tree_map
 
@@ -42,39 +45,60 @@ def evaluate(
         raise UserError(
             f"{tasks} evaluation tasks, {steps} steps, {permutations} label orders; give at least 1 task, 0 steps and 1 order"
         )
-    learner = replace(learner, training=False)
     device = next(iter(meta.params.values())).device
     digest, scores = hashlib.sha256(), list[Score]()
-    work = run = None
     for start in range(0, tasks, DRAWN_AT_ONCE):
         drawn = draw(sampler, min(DRAWN_AT_ONCE, tasks - start), seed, start, split)
         fingerprint(drawn, digest)
         drawn = move(drawn, device)
-        if run is None or work is None or plan is None:
-            plan = plan or default_plan(learner, drawn)
-            orders = _label_orders(learner, meta, take(drawn, 0), permutations)
-            run, work = runner(learner, plan), partial(_walk, meta, steps, plan, orders)
-        with exact_attention():
-            scores += run(work, plan.pieces(drawn))
+        plan = plan or default_plan(_judged(learner), drawn)
+        scores += _judge(learner, plan, steps, permutations)(meta, drawn)
         if progress:
             progress(count(drawn))
     loss, metric = (torch.cat(values).double().cpu() for values in zip(*scores, strict=True))
     return Curve(loss, metric, learner.metric_name, digest.hexdigest()[:16])
 
 
-@torch.no_grad()
-def _walk(meta: Meta, steps: int, plan: Plan, orders: list[Tensor], learner: Learner, tasks: Task) -> Score:
-    """Query scores of shape (tasks, steps + 1)."""
+@lru_cache(maxsize=8)
+def _judged(learner: Learner) -> Learner:
+    return replace(learner, training=False)
 
-    def walk(meta: Meta, task: Task) -> Score:
-        if orders:
-            scores = _averaged(learner, meta, task, steps, orders)
-        else:
-            scores = [learner.assess(meta, fast, task, k) for k, fast in enumerate(learner.path(meta, task.support, steps))]
-        return Score(*(torch.stack(values) for values in zip(*scores, strict=True)))
 
-    scores: Score = lift_for(plan, tasks)(walk, (None, 0))(meta, tasks)
-    return scores
+@lru_cache(maxsize=8)
+def _judge(learner: Learner, plan: Plan, steps: int, permutations: int) -> Callable[[Meta, Task], list[Score]]:
+    """A function of (meta, tasks) -> the scores of their pieces, with its threads and recordings kept for the next call."""
+
+    @torch.no_grad()
+    def walk(orders: list[Tensor], own: Learner, meta: Meta, piece: Task) -> Score:
+        """Query scores of shape (tasks, steps + 1)."""
+
+        def of_task(meta: Meta, task: Task) -> Score:
+            task = with_features(task, features(own, meta, task))
+            if orders:
+                scores = _averaged(own, meta, task, steps, orders)
+            else:
+                scores = [own.assess(meta, fast, task, k) for k, fast in enumerate(own.path(meta, task.support, steps))]
+            return Score(*(torch.stack(values) for values in zip(*scores, strict=True)))
+
+        with precision(plan, piece):
+            return lift_for(plan, piece)(of_task, (None, 0))(meta, piece)  # type: ignore[no-any-return]
+
+    ready: list[tuple[Learner, Runner, Recorder]] = []
+
+    def judge(meta: Meta, tasks: Task) -> list[Score]:
+        with exact_attention():
+            if not ready:
+                own, one = _judged(learner), take(tasks, slice(0, 1))
+                work = partial(walk, _label_orders(own, meta, take(tasks, 0), permutations))
+                own = shortened(own, meta, take(tasks, 0), steps, lambda each, meta: [work(each, meta, one).loss])
+                recorder = Recorder(work, False, partial(in_double, work), lambda score: score.loss)
+                ready.append((own, runner(own, plan), recorder))
+                if plan.records:
+                    recorder.prepare(own, meta, next(plan.pieces(tasks)))
+            own, run, recorder = ready[0]
+            return list(run(lambda own, piece: recorder(own, meta, piece), plan.pieces(tasks)))
+
+    return judge
 
 
 def _averaged(learner: Learner, meta: Meta, task: Task, steps: int, orders: list[Tensor]) -> list[Score]:

@@ -17,14 +17,14 @@ import torch
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from toolkit import plugins
+from toolkit import parts, plugins
 from toolkit.backend import backend
 from toolkit.errors import UserError
 from toolkit.evaluate import calibrate, evaluate, predictions
 from toolkit.flags import Flags
 from toolkit.learner import Learner, Meta
 from toolkit.metrics import is_of_ways
-from toolkit.plan import Plan, default_plan
+from toolkit.plan import Plan
 from toolkit.runs import checkpoint
 from toolkit.runs.folder import Run, config_hash, prepare, write_json
 from toolkit.runs.journal import Journal, rates
@@ -40,11 +40,13 @@ SHOWN_STEPS = (0, 1, 5, 10)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What training leaves: the meta-parameters chosen on validation tasks, where they come from, what it cost."""
+    """What training leaves: the meta-parameters chosen on validation tasks, where they come from, what it cost, and the plan
+    of its end."""
 
     best: Meta
     selected: dict[str, float]
     seconds: float
+    plan: Plan
 
 
 def run(
@@ -80,35 +82,27 @@ def run(
         each.rehearse(move(task, flags.device))
         if flags.permutations > 1 and task.support.y.is_floating_point():
             raise UserError(f"--permutations {flags.permutations} needs classes, but these tasks are regression; leave it out")
-    plan = _plan(flags, trainee, source) if flags.backend == "toolkit" else Plan("loop")
+    folder = flags.out or Path("results") / experiment / flags.run_name
+    kept = parts.kept_plan(folder) if flags.resume else None
+    plan = kept or (parts.plan(flags, trainee, source) if flags.backend == "toolkit" else Plan("loop"))
     gradient = backend(flags.backend)
     gradient(trainee, plan)  # refuses what it cannot compute, before anything is written
     for name in flags.logger:
         plugins.resolve(name, "loggers")
-    folder = flags.out or Path("results") / experiment / flags.run_name
     finished = prepare(folder, config, flags.resume, flags.overwrite)
+    write_json(folder / "plan.json", asdict(plan))
     by = "" if flags.backend == "toolkit" else f", meta-gradient by {flags.backend}, task by task"
     log.info("%s on %s, %s%s", learner.name, flags.sampler, _describe(learner, plan), by)
     job = Job(flags, folder, learner, trainee, training, source, validation, plan, gradient, config_hash(config))
     outcome = _train(job)
     with tqdm(total=flags.eval_tasks, desc="test", unit="task") as bar:
-        judging, seed = _judging(flags, plan), flags.eval_seed
-        curve = evaluate(
-            learner,
-            outcome.best,
-            test,
-            flags.eval_tasks,
-            flags.eval_steps,
-            seed,
-            "test",
-            judging,
-            bar.update,
-            flags.permutations,
-        )
+        judging, seed = parts.judging(outcome.plan), flags.eval_seed
+        sizes = flags.eval_tasks, flags.eval_steps, seed, "test"
+        curve = evaluate(learner, outcome.best, test, *sizes, judging, bar.update, flags.permutations)
     uses_batch_norm = learner.observe(move(take(draw(test, 1, flags.eval_seed), 0), flags.device).support.x).batch_norm
     write_json(folder / "curve.json", curve.to_json())
     _write_example(folder, flags, learner, outcome.best, test)
-    summary = summarise(config, learner, plan, curve, outcome.seconds, outcome.selected, chance, git, uses_batch_norm)
+    summary = summarise(config, learner, outcome.plan, curve, outcome.seconds, outcome.selected, chance, git, uses_batch_norm)
     write_json(folder / "summary.json", summary)
     from toolkit.plots.save import draw_run
 
@@ -118,29 +112,11 @@ def run(
     return finished
 
 
-def _plan(flags: Flags, learner: Learner, training: TaskSampler) -> Plan:
-    plan = default_plan(learner, move(draw(training, flags.tasks, flags.seed), flags.device))
-    if flags.map != "auto":
-        plan = Plan(flags.map)
-    elif flags.compile and plan.map == "threads":
-        # Threads cannot be compiled; compiled code fuses the elementwise work, so its pieces may be wider.
-        plan = Plan("vmap", chunk=4 * (plan.chunk or 1))
-    chunk = plan.chunk if flags.chunk is None else flags.chunk
-    return replace(plan, chunk=chunk, memory=flags.memory, compile=flags.compile)
-
-
-def _judging(flags: Flags, plan: Plan) -> Plan | None:
-    """The plan for evaluation: what was asked for, without what only a gradient needs; else `evaluate` chooses."""
-    return None if flags.map == "auto" and flags.chunk is None else replace(plan, memory="unroll", compile=False)
-
-
 def _describe(learner: Learner, plan: Plan) -> str:
     params = learner.init().params
     moving = numel(learner.adapted(params))
-    return (
-        f"{numel(params):,} parameters of which {moving:,} adapt, plan: {plan.map}, {plan.memory}"
-        + (f", {plan.chunk} tasks a piece" if plan.chunk else "")
-        + (", compiled (the first iteration takes tens of seconds)" if plan.compile else "")
+    return f"{numel(params):,} parameters of which {moving:,} adapt, plan: {plan}" + (
+        " (the first iteration takes tens of seconds)" if plan.compile else ""
     )
 
 
@@ -173,7 +149,7 @@ def _train(job: Job) -> Outcome:
     # A checkpoint is read onto the CPU, and training stays on the device of its parameters.
     state = State(saved["iteration"], Meta(**move(saved["meta"], flags.device)), saved["optimizer"]) if saved else None
     selected = saved.get("selected", {})
-    done = state.iteration if state else 0
+    done, plan = state.iteration if state else 0, job.plan
     size, seconds = saved.get("metrics_bytes", 0), saved.get("seconds", 0.0)
     journal = Journal(job.folder / "metrics.jsonl", flags.iterations, size, seconds)
     # Made now, so that they find the journal as it was at the checkpoint.
@@ -196,6 +172,9 @@ def _train(job: Job) -> Outcome:
         try:
             for record in records:
                 state = record.state
+                if record.plan != plan:  # memory ran out
+                    plan = record.plan
+                    write_json(job.folder / "plan.json", asdict(plan))
                 if row := journal.add(record):
                     bar.set_postfix(_shown(row, record, learner, flags.tasks), refresh=False)
                 bar.update()
@@ -218,7 +197,7 @@ def _train(job: Job) -> Outcome:
         except NotFinite as error:
             save()
             raise UserError(f"{error}; everything up to iteration {state.iteration if state else 0} is saved") from None
-    return Outcome(move(best, flags.device), selected, journal.seconds)
+    return Outcome(move(best, flags.device), selected, journal.seconds, plan)
 
 
 def _on(device: str, learner: Learner) -> Learner:
@@ -232,7 +211,7 @@ def _shown(row: dict[str, float], record: Record, learner: Learner, tasks: int) 
 
 def _validate(job: Job, meta: Meta) -> dict[str, float]:
     """The validation row, after the steps of training; what pretraining made is judged after those of the test."""
-    flags, judging = job.flags, _judging(job.flags, job.plan)
+    flags, judging = job.flags, parts.judging(job.plan)
     steps = flags.eval_steps if job.learner.pretrain else job.learner.steps
     curve = evaluate(job.learner, meta, job.validation, flags.val_tasks, steps, flags.eval_seed, "val", judging)
     means = {

@@ -100,15 +100,21 @@ class Flags:
     device: str = "cpu"
     """Where to compute: cpu, cuda, cuda:1, ..."""
     map: Literal["auto", "vmap", "loop", "threads"] = "auto"
-    """How tasks are mapped; auto picks by the model and the device."""
+    """How tasks are mapped; auto measures some plans on the first tasks and takes the fastest, see `toolkit plan`."""
+    budget: str | None = None
+    """Memory that a plan may need, such as 8GB; by default three quarters of what is free."""
     chunk: int | None = None
     """Tasks per piece of the meta-batch; smaller needs less memory."""
     memory: Literal["unroll", "recompute"] = "unroll"
     """recompute: memory nearly flat in the number of inner steps, at more time."""
     backend: Literal["toolkit", "learn2learn"] = "toolkit"
     """Whose classes compute the meta-gradient in training (learn2learn: maml, fomaml, anil, meta_sgd)."""
+    trace: bool = True
+    """Record the operations of the meta-gradient once and replay them, where that is possible and faster."""
     compile: bool = False
-    """Compile the meta-gradient: tens of seconds first, then faster."""
+    """Compile the meta-gradient: tens of seconds, then faster for small networks."""
+    autocast: Literal["bfloat16", "float16"] | None = None
+    """Train with products in this precision; the gradient is then not exact."""
     out: Path | None = None
     """Run folder; by default results/<experiment>/<name made from the flags>."""
     resume: bool = False

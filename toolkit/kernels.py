@@ -50,12 +50,12 @@ def conv2d(
         low = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(low), weight.to(low), None if bias is None else bias.to(low)
     geometry = Geometry(_pair(stride), _pair(padding), _pair(dilation), groups)
-    return _Convolution.apply(x, weight, bias, "output", None, geometry)
+    return _Convolution.apply(x, weight, bias, "output", None, geometry)  # type: ignore[no-any-return]
 
 
 def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Batch norm of images `x` by their own statistics; also their mean and 1 / sqrt(variance + eps), each (channels,)."""
-    return _BatchNorm.apply(x, weight, bias, eps)
+    return _BatchNorm.apply(x, weight, bias, eps)  # type: ignore[no-any-return]
 
 
 def _pair(value: int | Size) -> Pair:
@@ -82,19 +82,19 @@ def _unfilled(shape: Size, like: Tensor) -> Tensor:
 
 
 class _Convolution(Function):
-    """Any of the three maps of a convolution: "output" (x, weight) -> y, "input" (y, weight) -> x and "weight" (y, x) -> weight;
-    the last two are its gradients. `shape` is that of their result."""
+    """Any of the three maps of a convolution: "output" (x, weight) -> y, and its gradients, "input" (y, weight) -> x and
+    "weight" (y, x) -> weight, whose results have this `shape`."""
 
     @staticmethod
     def forward(a: Tensor, b: Tensor, bias: Tensor | None, kind: str, shape: Size | None, g: Geometry) -> Tensor:
         if a.dim() == 5:
             return _batched(a, b, bias, kind, shape, g)
         if kind == "output":
-            return aten.convolution(_last(a), _last(b), bias, *g.arguments)
+            return aten.convolution(_last(a), _last(b), bias, *g.arguments)  # type: ignore[no-any-return]
         assert shape is not None
         x, weight = (_unfilled(shape, a), _last(b)) if kind == "input" else (_last(b), _unfilled(shape, a))
         wanted = [kind == "input", kind == "weight", False]
-        return aten.convolution_backward(_last(a), x, weight, None, *g.arguments, wanted)[wanted.index(True)]
+        return aten.convolution_backward(_last(a), x, weight, None, *g.arguments, wanted)[wanted.index(True)]  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -107,7 +107,7 @@ class _Convolution(Function):
 
         def to(kind: str, left: Tensor, right: Tensor, like: Tensor | None = None) -> Tensor:
             shape = None if like is None else tuple(like.shape)
-            return _Convolution.apply(left, right, None, kind, shape, ctx.geometry)
+            return _Convolution.apply(left, right, None, kind, shape, ctx.geometry)  # type: ignore[no-any-return]
 
         if ctx.kind == "output":
             to_a = to("input", h, b, a) if first else None
@@ -147,18 +147,18 @@ def _batched(a: Tensor, b: Tensor, bias: Tensor | None, kind: str, shape: Any, g
         rows = _patches(a, size, g) @ _matrix(b)
         rows = rows if bias is None else rows + bias.unsqueeze(1)
         height = (a.shape[3] + 2 * top - g.dilation[0] * (size[0] - 1) - 1) // g.stride[0] + 1
-        return rows.unflatten(1, (a.shape[1], height, -1)).permute(0, 1, 4, 2, 3)
+        return rows.unflatten(1, (a.shape[1], height, -1)).permute(0, 1, 4, 2, 3)  # type: ignore[no-any-return]
     slopes = a.permute(0, 1, 3, 4, 2)
     if kind == "weight":
         product = _patches(b, shape[3:], g).transpose(1, 2) @ slopes.flatten(1, 3)
-        return product.unflatten(1, (*shape[3:], shape[2])).permute(0, 4, 3, 1, 2)
+        return product.unflatten(1, (*shape[3:], shape[2])).permute(0, 4, 3, 1, 2)  # type: ignore[no-any-return]
     parts = (slopes.flatten(1, 3) @ _matrix(b).transpose(1, 2)).unflatten(1, slopes.shape[1:4])
     tasks, examples, channels, height, width = shape
     top, left = g.padding
     whole = parts.new_zeros(tasks, examples, height + 2 * top, width + 2 * left, channels)
     for part, window in zip(parts.split(channels, -1), _windows(whole.shape[2:4], b.shape[3:], g), strict=True):
         whole[window] += part
-    return whole[:, :, top : top + height, left : left + width].permute(0, 1, 4, 2, 3)
+    return whole[:, :, top : top + height, left : left + width].permute(0, 1, 4, 2, 3)  # type: ignore[no-any-return]
 
 
 def _patches(x: Tensor, size: Size, g: Geometry) -> Tensor:
@@ -192,7 +192,7 @@ class _BatchNorm(Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         if x.dim() == 4:
-            return aten.native_batch_norm(_last(x), weight, bias, None, None, True, 0.0, eps)
+            return aten.native_batch_norm(_last(x), weight, bias, None, None, True, 0.0, eps)  # type: ignore[no-any-return]
         mean = _mean(x)
         centred = x - _wide(mean)
         scale = (_mean(centred.square()) + eps).rsqrt()
@@ -233,7 +233,7 @@ class _BatchNormBack(Function):
     def forward(slope: Tensor, x: Tensor, weight: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if x.dim() == 4:
             given = _last(slope), _last(x), weight, None, None, mean, scale, True, 0.0
-            return aten.native_batch_norm_backward(*given, [True, True, True])
+            return aten.native_batch_norm_backward(*given, [True, True, True])  # type: ignore[no-any-return]
         standard = (x - _wide(mean)) * _wide(scale)
         along, even = _mean(slope * standard), _mean(slope)
         factor, pixels = scale * weight, x.numel() // mean.numel()

@@ -114,7 +114,18 @@ def _is_plain(input: Tensor, weight: Tensor, bias: Tensor | None = None, stride:
     return input.dim() == 4 and not isinstance(padding, str)
 
 
-_REPLACED: dict[Any, Callable[..., Any]] = {F.layer_norm: _layer_norm, F.instance_norm: _instance_norm}
+def _adaptive_average(input: Tensor, output_size: Any) -> Tensor:
+    # To one number it is a mean, which torch 2.14 knows under vmap; else it warns and loops over the tasks.
+    if output_size in (1, (1, 1), [1, 1]):
+        return input.mean((-2, -1), keepdim=True)
+    return F.adaptive_avg_pool2d(input, output_size)
+
+
+_REPLACED: dict[Any, Callable[..., Any]] = {
+    F.layer_norm: _layer_norm,
+    F.instance_norm: _instance_norm,
+    F.adaptive_avg_pool2d: _adaptive_average,
+}
 
 
 def _affine(

@@ -1,23 +1,27 @@
-"""The parts that the flags of an experiment ask for: samplers of the three splits, model, learner."""
+"""The parts that the flags of an experiment ask for: samplers of the three splits, model, learner, and the plan."""
 
 import copy
+import json
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from toolkit import plugins
+from toolkit.choose import choose
 from toolkit.data.bank import ClassBank
 from toolkit.errors import UserError, unknown
 from toolkit.flags import Flags, build
 from toolkit.learner import Learner, Loss
 from toolkit.metrics import accuracy, cross_entropy, of_ways, squared_error
+from toolkit.plan import Plan, default_plan
 from toolkit.samplers import AllClasses, Augmented, Episodes, crop_flip
-from toolkit.task import Padded, Task, TaskSampler, draw
+from toolkit.task import Padded, Task, TaskSampler, draw, move, take
 
 log = logging.getLogger("toolkit")
 F = TypeVar("F", bound=Flags)
@@ -199,3 +203,35 @@ def _model(flags: F, tasks: Task, outputs: int) -> tuple[F, nn.Module]:
                     f"{largest}; give it more, as in --model.features 8192"
                 )
     return flags, network
+
+
+def plan(flags: Flags, learner: Learner, training: TaskSampler) -> Plan:
+    """The plan that the flags ask for, or the fastest of some; a run that is resumed keeps the one it began with."""
+    tasks = move(draw(training, flags.tasks, flags.seed), flags.device)
+    random = learner.observe(take(tasks, 0).support.x).random
+    if flags.map == "auto" and flags.chunk is None and flags.memory == "unroll" and flags.autocast is None:
+        return choose(learner, tasks, flags.budget, None, flags.trace, flags.compile, flags.iterations)
+    found = default_plan(learner, tasks) if flags.map == "auto" else Plan(flags.map)
+    if flags.compile and found.map == "threads":
+        # Threads cannot be compiled; compiled code fuses the elementwise work, so its pieces may be wider.
+        found = Plan("vmap", chunk=4 * (found.chunk or 1))
+    asked = {"memory": flags.memory, "compile": flags.compile, "autocast": flags.autocast}
+    chunk = found.chunk if flags.chunk is None else flags.chunk
+    return replace(found, chunk=chunk, trace=flags.trace and not random and not flags.compile, **asked)  # type: ignore[arg-type]
+
+
+def kept_plan(folder: Path) -> Plan | None:
+    """The plan of the earlier part of a run, so that its numbers go on as they began; None where there is none."""
+    file = folder / "plan.json"
+    if not file.exists():
+        return None
+    known = {each.name for each in fields(Plan)}
+    try:
+        return Plan(**{key: value for key, value in json.loads(file.read_text()).items() if key in known})
+    except (json.JSONDecodeError, AttributeError):
+        raise UserError(f"{file} is damaged; delete it, and a plan is chosen anew") from None
+
+
+def judging(plan: Plan) -> Plan:
+    """The plan for evaluation: that of training, without what only a gradient needs, in full precision."""
+    return replace(plan, memory="unroll", compile=False, autocast=None, trace=plan.records)

@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 from toolkit.engine import Metrics, gradient_function
 from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta
-from toolkit.plan import Plan, default_plan
-from toolkit.task import Task, TaskSampler, draw, move, stream_seed, take
+from toolkit.plan import Plan, default_plan, out_of_memory
+from toolkit.task import Task, TaskSampler, count, draw, move, stream_seed, take
 
 log = logging.getLogger("toolkit")
 Gradient = Callable[[Learner, Plan], Callable[[Meta, Task], tuple[Meta, Metrics]]]
@@ -30,13 +30,15 @@ class State(NamedTuple):
 
 class Record(NamedTuple):
     """One iteration: its number (from 1), the mean query `loss` and `metric` over the meta-batch before the update, the
-    seconds it took, and the `state` after the update. `state` and `meta` are live: copy what must survive the next one."""
+    seconds it took, the `state` after the update, and the `plan` it ran by. `state` and `meta` are live: copy what must survive
+    the next one."""
 
     iteration: int
     loss: float
     metric: float
     seconds: float
     state: State
+    plan: Plan
 
     @property
     def meta(self) -> Meta:
@@ -99,7 +101,7 @@ def _records(
         with torch.random.fork_rng(enabled=random):
             if random:
                 torch.manual_seed(stream_seed(seed, "dropout", i))
-            grads, metrics = gradient(learner.at(i / iterations), plan)(meta, batch)
+            (grads, metrics), plan = _within_memory(gradient, learner.at(i / iterations), plan, meta, batch)
         gradients = pytree.tree_leaves(grads)
         length = get_total_norm(gradients)
         if not torch.isfinite(metrics.loss + length):
@@ -113,7 +115,22 @@ def _records(
             leaf.grad = its
         optimizer.step()
         state = State(i + 1, meta, optimizer.state_dict())
-        yield Record(i + 1, metrics.loss.item(), metrics.metric.item(), time.perf_counter() - began, state)
+        yield Record(i + 1, metrics.loss.item(), metrics.metric.item(), time.perf_counter() - began, state, plan)
+
+
+def _within_memory(
+    gradient: Gradient, learner: Learner, plan: Plan, meta: Meta, batch: Task
+) -> tuple[tuple[Meta, Metrics], Plan]:
+    """The meta-gradient, by a smaller plan when memory runs out, and the plan that was used."""
+    while True:
+        try:
+            return gradient(learner, plan)(meta, batch), plan
+        except (RuntimeError, MemoryError) as error:
+            smaller = plan.smaller(count(batch)) if out_of_memory(error) else None
+            if smaller is None:
+                raise
+        log.warning("out of memory by the plan '%s'; going on with '%s'", plan, smaller)
+        plan = smaller
 
 
 def _name_unmoved(learner: Learner, grads: Meta) -> None:
