@@ -1,4 +1,4 @@
-# Every target makes and uses .venv by itself; PYTHON chooses the interpreter it is made with.
+# Every target makes and uses .venv (speed: .venv-peers) by itself; PYTHON chooses the interpreter it is made with.
 PYTHON ?= python3
 BIN = .venv/bin
 
@@ -15,10 +15,10 @@ check: .venv/checked
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-speed: .venv/peers
-	$(BIN)/python experiments/speed.py --data-root $(or $(DATA),data)
+speed: .venv-peers/installed
+	.venv-peers/bin/python experiments/speed.py --data-root $(or $(DATA),data)
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	rm -rf .venv .venv-peers .pytest_cache .ruff_cache .mypy_cache *.egg-info
 
 .venv/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -27,8 +27,10 @@ clean:
 .venv/tested: .venv/installed requirements-learn2learn.txt
 	$(BIN)/python -m pip install --quiet -e ".[test]" -r requirements-learn2learn.txt
 	touch $@
-.venv/peers: .venv/tested requirements-peers.txt
-	$(BIN)/python -m pip install --quiet -r requirements-peers.txt
+.venv-peers/installed: setup.cfg pyproject.toml requirements-learn2learn.txt requirements-peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet -e . -r requirements-learn2learn.txt
+	.venv-peers/bin/python -m pip install --quiet -r requirements-peers.txt
 	touch $@
 .venv/checked: .venv/installed
 	$(BIN)/python -m pip install --quiet -e ".[dev]"

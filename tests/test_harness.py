@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from experiments import omniglot, sinusoid
-from tests.conftest import convolutional, dense, flat, named
-from toolkit import Batch, Learner, Meta, Outer, Plan, Task, UserError, algorithms, evaluate, train
+from tests.conftest import convolutional, dense, flat, named, task_batch
+from toolkit import Batch, Learner, Meta, Outer, Plan, Task, UserError, algorithms, evaluate, parts, train
 from toolkit.data.bank import ClassBank
-from toolkit.experiment import _better, _plan, _stop_signals, run
+from toolkit.experiment import _better, _stop_signals, run
 from toolkit.files import replace as replace_file
 from toolkit.flags import build, launch, settings
 from toolkit.metrics import squared_error
@@ -31,7 +31,7 @@ from toolkit.runs import checkpoint
 from toolkit.runs.folder import LATER, Run, config_hash, prepare, write_json
 from toolkit.runs.journal import ROWS, Journal
 from toolkit.samplers import AllClasses, Episodes, Sinusoid
-from toolkit.task import move
+from toolkit.task import move, take
 from toolkit.train import Record
 
 TRAINING, VALIDATION, TEST = Sinusoid(5, 6), Sinusoid(5, 7), Sinusoid(5, 8)
@@ -236,20 +236,26 @@ def test_every_seed_is_judged_on_the_same_tasks(tmp_path: Path) -> None:
 )
 def test_the_summary_says_the_plan(tmp_path: Path, changes: dict[str, Any]) -> None:
     record = run(config(tmp_path / "run", iterations=2, **changes), "sinusoid", regression(), TRAINING, VALIDATION, TEST)
-    plan = {"map": "vmap", "chunk": None, "memory": "unroll", "compile": False, "workers": None}
-    assert record.summary["plan"] == plan | changes
+    plan = {"map": "vmap", "chunk": None, "memory": "unroll", "compile": False, "workers": None, "autocast": None}
+    assert record.summary["plan"] == plan | {"trace": True} | changes
+    assert json.loads((tmp_path / "run" / "plan.json").read_text()) == record.summary["plan"]
 
 
 def test_flags_and_model_decide_the_plan(tmp_path: Path) -> None:
     learner = algorithms.maml(convolutional())
 
     def plan(**changes: Any) -> Plan:
-        return _plan(config(tmp_path, **changes), learner, images)
+        return parts.plan(config(tmp_path, **changes), learner, images)
 
-    assert plan() == Plan("threads", chunk=8)
-    assert plan(chunk=2, memory="recompute") == Plan("threads", chunk=2, memory="recompute")
-    assert plan(map="loop") == Plan("loop") and plan(map="threads") == Plan("threads")
-    assert plan(compile=True) == Plan("vmap", chunk=32, compile=True)
+    assert plan() == Plan("threads", chunk=8), "so few iterations are not worth a measurement"
+    assert plan(chunk=2, memory="recompute") == Plan("threads", chunk=2, memory="recompute", trace=True)
+    assert plan(map="loop") == Plan("loop", trace=True) and plan(map="threads", trace=False) == Plan("threads")
+    assert plan(map="vmap", compile=True, chunk=3) == Plan("vmap", chunk=3, compile=True)
+    assert plan(memory="recompute", compile=True) == Plan("vmap", chunk=32, memory="recompute", compile=True)
+    assert plan(autocast="bfloat16").autocast == "bfloat16"
+    dropping = algorithms.maml(nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 2)).double())
+    numbers = parts.plan(config(tmp_path, map="vmap"), dropping, lambda generator: take(task_batch(), 0))
+    assert numbers == Plan("vmap"), "masks would repeat"
 
 
 @pytest.mark.parametrize("policy", ["batch", "support", "per_step", "per_step_batch", "none"])

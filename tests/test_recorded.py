@@ -14,7 +14,7 @@ from tests.conftest import convolutional, dense, relative, task_batch
 from toolkit import Learner, Meta, Plan, Task, UserError, algorithms, meta_gradient, recorded
 from toolkit.engine import _unrolled, gradient_function, in_double, lift_vmap
 from toolkit.learner import Score
-from toolkit.recorded import Recorder, record
+from toolkit.recorded import Recorder, Recording, record
 
 
 class Casting(nn.Module):
@@ -52,8 +52,14 @@ def altered(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any], Any]],
     """A recorder whose recordings are wrong by a change of their result."""
 
     def make(change: Callable[[Any], Any]) -> Recorder:
-        def wrong(function: Callable[..., Any], *trees: Any) -> Callable[..., Any]:
-            return lambda *trees: change(function(*trees))
+        def wrong(function: Callable[..., Any], *trees: Any) -> Recording:
+            leaves, spec = pytree.tree_flatten(trees)
+            result = pytree.tree_structure(function(*trees))
+
+            def graph(*leaves: Tensor) -> list[Tensor]:
+                return pytree.tree_leaves(change(function(*pytree.tree_unflatten(leaves, spec))))
+
+            return Recording(graph, result, leaves)
 
         monkeypatch.setattr(recorded, "record", wrong)
         return recorder(eager)

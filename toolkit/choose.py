@@ -61,7 +61,7 @@ def choose(
     """
     limit, meta = size(budget) if budget is not None else int(0.75 * free(tasks)), meta or learner.init()
     first = default_plan(learner, tasks)
-    if budget is None and iterations is not None:
+    if budget is None and not compile and iterations is not None:
         row = predicted(learner, meta, tasks, first, limit)
         if row.cost is not None and row.plan == first and row.cost.seconds * iterations < WORTH_MEASURING:
             return first
@@ -213,10 +213,12 @@ def size(text: str | int) -> int:
 
 
 def _in_words(error: Exception) -> str:
-    text = str(error)
-    found = re.search(r"aten::\w+|torch\.\w+", text) if "vmap" in text or "atching rule" in text else None
-    what = f"vmap cannot batch {found[0]}" if found else (text.strip().splitlines() or [repr(error)])[0]
-    return what
+    """The first line of an error; of one of vmap, the operation that it cannot batch."""
+    text = str(error).strip() or repr(error)
+    if "vmap" in text or "atching rule" in text:
+        found = re.search(r"\.item\(\)|aten::\w+|torch\.\w+", text)
+        return f"vmap cannot batch {found[0]}" if found else text.splitlines()[0]
+    return text.splitlines()[0]
 
 
 def survey(learner: Learner, tasks: Task, budget: str | None, trace: bool, compile: bool) -> Iterator[tuple[Row, Cost | None]]:

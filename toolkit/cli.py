@@ -171,7 +171,8 @@ def _new(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     import tyro
 
-    from toolkit import choose, parts
+    from toolkit import parts
+    from toolkit.choose import in_units, survey
     from toolkit.flags import EpisodeFlags, check, undotted
     from toolkit.task import draw
 
@@ -183,12 +184,12 @@ def _plan(arguments: argparse.Namespace) -> int:
     print(f"{learner.name}, {flags.tasks} tasks of {flags.sampler} a meta-gradient")
     print(f"{'plan':44} {'predicted s':>12} {'measured s':>12} {'predicted MB':>13} {'measured MB':>13}")
     found = []
-    for row, cost in choose.survey(learner, batch, flags.budget, flags.trace, flags.compile):
+    for row, cost in survey(learner, batch, flags.budget, flags.trace, flags.compile):
         if row.cost is None or cost is None:
             print(f"{row.plan!s:44} {row.reason}")
             continue
         found.append((cost.seconds, row.plan))
-        cells = [cell for pair in zip(choose.in_units(row.cost), choose.in_units(cost), strict=True) for cell in pair]
+        cells = [cell for pair in zip(in_units(row.cost), in_units(cost), strict=True) for cell in pair]
         print(f"{row.plan!s:44} {cells[0]:>12.4g} {cells[1]:>12.4g} {cells[2]:>13.0f} {cells[3]:>13.0f}", flush=True)
     if not found:
         raise UserError(f"no plan fits; {row.reason}")

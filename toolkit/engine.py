@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -55,35 +55,45 @@ def gradient_function(learner: Learner, plan: Plan) -> Callable[[Meta, Task], tu
     """
     piece_gradient = _recomputed if plan.memory == "recompute" else _unrolled
 
-    def of_piece(own: Learner, meta: Meta, piece: Task) -> tuple[Meta, Score]:
+    def of_piece(total: int, own: Learner, meta: Meta, piece: Task) -> tuple[Meta, Score]:
         with precision(plan, piece):
-            return piece_gradient(own, lift_for(plan, piece), meta, piece)
+            return piece_gradient(own, lift_for(plan, piece), meta, piece, total)
 
-    recorder = Recorder(of_piece, plan.compile, partial(in_double, of_piece), lambda out: (out[0], out[1].loss))
+    @cache
+    def recorder(total: int) -> Recorder:
+        work = partial(of_piece, total)
+        return Recorder(work, plan.compile, partial(in_double, work), lambda out: (out[0], out[1].loss))
+
     ready: list[tuple[Learner, Runner]] = []
+    prepared: set[Any] = set()
+
+    def prepare(meta: Meta, tasks: Task) -> None:
+        """What only the first batch of these shapes needs."""
+        _check_batch(tasks)
+        if not ready:
+            _refuse_random(learner, plan, tasks)
+            if plan.memory == "unroll" and tasks.support.y.device.type == "cpu":
+                keep_freed_memory()
+            one = take(tasks, slice(0, 1))
+            own = shortened(learner, meta, take(one, 0), learner.steps, lambda each, meta: of_piece(1, each, meta, one))
+            ready.append((own, runner(own, plan)))
+        if plan.records:
+            pieces = list(plan.pieces(tasks))
+            for piece in (pieces[0], pieces[-1]):
+                recorder(count(tasks)).prepare(ready[0][0], meta, piece)
 
     def gradient(meta: Meta, tasks: Task) -> tuple[Meta, Metrics]:
-        _check_batch(tasks)
-        total, grads, scores = count(tasks), None, []
         with exact_attention():
-            if not ready:
-                _refuse_random(learner, plan, tasks)
-                if plan.memory == "unroll" and tasks.support.y.device.type == "cpu":
-                    keep_freed_memory()
-                one = take(tasks, slice(0, 1))
-                own = shortened(learner, meta, take(one, 0), learner.steps, lambda each, meta: of_piece(each, meta, one))
-                ready.append((own, runner(own, plan)))
-            own, run = ready[0]
-            pieces = list(plan.pieces(tasks))
-            if plan.records:
-                for piece in (pieces[0], pieces[-1]):
-                    recorder.prepare(own, meta, piece)
-            for piece_grads, score in run(lambda own, piece: recorder(own, meta, piece), pieces):
+            if (shapes := tuple(leaf.shape for leaf in pytree.tree_leaves(tasks))) not in prepared:
+                prepare(meta, tasks)
+                prepared.add(shapes)
+            work, grads, scores = recorder(count(tasks)), None, []
+            for piece_grads, score in ready[0][1](lambda own, piece: work(own, meta, piece), plan.pieces(tasks)):
                 grads = piece_grads if grads is None else _add(grads, piece_grads)
                 scores.append(score)
+        assert grads is not None
         task_loss, task_metric = (torch.cat(values).detach() for values in zip(*scores, strict=True))
-        mean = pytree.tree_map(lambda tensor: tensor / total, grads)
-        return mean, Metrics(task_loss.mean(), task_metric.mean(), task_loss, task_metric)
+        return grads, Metrics(task_loss.mean(), task_metric.mean(), task_loss, task_metric)
 
     return gradient
 
@@ -158,20 +168,22 @@ def lift_one(function: Callable[..., Any], in_dims: tuple[int | None, ...]) -> C
     return lifted
 
 
-def _unrolled(learner: Learner, lift: Lift, meta: Meta, tasks: Task) -> tuple[Meta, Score]:
+def _unrolled(learner: Learner, lift: Lift, meta: Meta, tasks: Task, share: int = 1) -> tuple[Meta, Score]:
+    """The gradient of the sum of the objectives over `share`, and the scores."""
+
     def objective(meta: Meta, task: Task) -> tuple[Tensor, Score]:
         task = with_features(task, features(learner, meta, task))
         return learner.objective(learner, meta, learner.path(meta, task.support), task)
 
     def total(meta: Meta) -> tuple[Tensor, Score]:
         values, scores = lift(objective, (None, 0))(meta, tasks)
-        return values.sum(), scores
+        return values.sum() / share, scores
 
     return grad(total, has_aux=True)(meta)  # type: ignore[no-any-return]
 
 
-def _recomputed(learner: Learner, lift: Lift, meta: Meta, tasks: Task) -> tuple[Meta, Score]:
-    """The adjoint sweep: forward without a graph, keeping the path; then back, one step's graph at a time."""
+def _recomputed(learner: Learner, lift: Lift, meta: Meta, tasks: Task, share: int = 1) -> tuple[Meta, Score]:
+    """The same by the adjoint sweep: forward without a graph, keeping the path; then back, one step's graph at a time."""
     front = lift(partial(features, learner), (None, 0))
     begin = lift(learner.begin, (None, 0))
     steps = [lift(partial(learner.step, k=k), (None, 0, 0)) for k in range(learner.steps)]
@@ -179,7 +191,7 @@ def _recomputed(learner: Learner, lift: Lift, meta: Meta, tasks: Task) -> tuple[
 
     def total(meta: Meta, shown: Any, path: list[Any]) -> tuple[Tensor, Score]:
         values, scores = judge(meta, path, with_features(tasks, shown))
-        return values.sum(), scores
+        return values.sum() / share, scores
 
     def start(meta: Meta, shown: Any) -> Any:
         return begin(meta, with_features(tasks, shown).support)

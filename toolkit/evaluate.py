@@ -52,7 +52,7 @@ def evaluate(
         fingerprint(drawn, digest)
         drawn = move(drawn, device)
         plan = plan or default_plan(_judged(learner), drawn)
-        scores += _judge(learner, plan, steps, permutations)(meta, drawn)
+        scores += judge(learner, plan, steps, permutations)(meta, drawn)
         if progress:
             progress(count(drawn))
     loss, metric = (torch.cat(values).double().cpu() for values in zip(*scores, strict=True))
@@ -65,7 +65,7 @@ def _judged(learner: Learner) -> Learner:
 
 
 @lru_cache(maxsize=8)
-def _judge(learner: Learner, plan: Plan, steps: int, permutations: int) -> Callable[[Meta, Task], list[Score]]:
+def judge(learner: Learner, plan: Plan, steps: int, permutations: int) -> Callable[[Meta, Task], list[Score]]:
     """A function of (meta, tasks) -> the scores of their pieces, with its threads and recordings kept for the next call."""
 
     @torch.no_grad()
@@ -85,7 +85,7 @@ def _judge(learner: Learner, plan: Plan, steps: int, permutations: int) -> Calla
 
     ready: list[tuple[Learner, Runner, Recorder]] = []
 
-    def judge(meta: Meta, tasks: Task) -> list[Score]:
+    def score(meta: Meta, tasks: Task) -> list[Score]:
         with exact_attention():
             if not ready:
                 own, one = _judged(learner), take(tasks, slice(0, 1))
@@ -98,7 +98,7 @@ def _judge(learner: Learner, plan: Plan, steps: int, permutations: int) -> Calla
             own, run, recorder = ready[0]
             return list(run(lambda own, piece: recorder(own, meta, piece), plan.pieces(tasks)))
 
-    return judge
+    return score
 
 
 def _averaged(learner: Learner, meta: Meta, task: Task, steps: int, orders: list[Tensor]) -> list[Score]:

@@ -81,6 +81,8 @@ class Plan:
         """The batch of tasks cut into batches of at most `chunk` tasks."""
         total = count(tasks)
         size = self.size(total)
+        if size == total:
+            return iter((tasks,))
         return (take(tasks, slice(i, i + size)) for i in range(0, total, size))
 
     def smaller(self, total: int) -> "Plan | None":

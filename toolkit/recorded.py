@@ -36,11 +36,11 @@ class Recorder:
         self, function: Callable[..., Any], compiled: bool, exact: Callable[..., Any], judged: Callable[[Any], Any]
     ) -> None:
         self.function, self.compiled, self.exact, self.judged = function, compiled, exact, judged
-        self.made: dict[Any, Callable[..., Any] | None] = {}
+        self.made: dict[Any, Recording | None] = {}
 
     def prepare(self, learner: Any, *trees: Any) -> None:
         """Records for these shapes, unless it is done. Not for threads: recording is the work of one."""
-        if (key := _shapes(trees)) in self.made:
+        if (key := _shapes(pytree.tree_leaves(trees))) in self.made:
             return
         self.made[key] = None
         step = "recording"
@@ -62,8 +62,11 @@ class Recorder:
         self.made[key] = recording
 
     def __call__(self, learner: Any, *trees: Any) -> Any:
-        recording = self.made.get(_shapes(trees)) if self.made else None
-        return self.function(learner, *trees) if recording is None else recording(*trees)
+        if not self.made:
+            return self.function(learner, *trees)
+        leaves = pytree.tree_leaves(trees)
+        recording = self.made.get(_shapes(leaves))
+        return self.function(learner, *trees) if recording is None else recording.of_leaves(leaves)
 
 
 class Recording:
@@ -73,8 +76,12 @@ class Recording:
         self.graph, self.result, self.example = graph, result, example
 
     def __call__(self, *trees: Any) -> Any:
+        return self.of_leaves(pytree.tree_leaves(trees))
+
+    def of_leaves(self, leaves: list[Tensor]) -> Any:
+        """The function's result for arguments with these leaves."""
         with torch.no_grad():
-            return pytree.tree_unflatten(self.graph(*pytree.tree_leaves(trees)), self.result)
+            return pytree.tree_unflatten(self.graph(*leaves), self.result)
 
 
 def record(function: Callable[..., Any], *trees: Any) -> Recording:
@@ -125,8 +132,8 @@ def compiled(recording: Recording) -> Recording:
     return Recording(fast, recording.result, recording.example)
 
 
-def _shapes(trees: Any) -> tuple[Any, ...]:
-    return tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in pytree.tree_leaves(trees))
+def _shapes(leaves: list[Tensor]) -> tuple[Any, ...]:
+    return tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
 
 
 def compare(found: Any, plain: Any, exact: Any) -> None:

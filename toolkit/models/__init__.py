@@ -14,8 +14,9 @@ from toolkit.models.bag import bag
 from toolkit.models.big import BigModel
 from toolkit.models.conv4 import conv4
 from toolkit.models.mlp import mlp
+from toolkit.models.resnet12 import resnet12
 
-__all__ = ["BigModel", "bag", "conv4", "conv4_32", "conv4_32_pool", "conv4_pool", "dense", "mlp"]
+__all__ = ["BigModel", "bag", "conv4", "conv4_32", "conv4_32_pool", "conv4_pool", "dense", "mlp", "resnet12"]
 
 conv4_pool = partial(conv4, pool=True)
 conv4_32 = partial(conv4, width=32)
