@@ -18,7 +18,7 @@ from toolkit.experiment import run
 from toolkit.flags import EpisodeFlags, launch
 from toolkit.parts import assemble
 
-PRESETS = {"paper": {"iterations": 60_000}, "quick": {"iterations": 1_500, "validate_every": 250}}
+PRESETS = {"paper": {"iterations": 60_000}, "quick": {"iterations": 1_500, "validate_every": 250, "compile": False}}
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Config(EpisodeFlags):
     iterations: int = 15_000
     val_tasks: int = 200
     eval_tasks: int = 1_000
+    compile: bool = True
 
 
 def main(config: Config) -> None:

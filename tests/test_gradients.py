@@ -396,12 +396,14 @@ def test_query_labels_never_reach_the_inner_loop(algorithm: str) -> None:
         seen.append({name: tensor.detach() for name, tensor in fast[-1].items()})
         return own.assess(meta, fast[-1], task).loss, own.assess(meta, fast[-1], task)  # type: ignore[arg-type]
 
+    ends = []
     for either in (task, poisoned):
         batch = Task(*(type(b)(b.x[None], b.y[None]) for b in either))
         _, metrics = meta_gradient(replace(learner, objective=spy), meta, batch, Plan("loop", memory="recompute"))
+        ends.append(seen[-1])
     assert metrics.loss.isnan(), "the poison must reach the query loss, or this test proves nothing"
-    assert all(tensor.isfinite().all() for tensor in seen[-1].values())
-    assert relative(seen[-1], seen[0]) == 0
+    assert all(tensor.isfinite().all() for tensor in ends[1].values())
+    assert relative(ends[1], ends[0]) == 0
 
 
 def squared_to_label(prediction: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -88,7 +88,7 @@ def meta_after(flags: sinusoid.Config, learner: Learner, training: Any, iteratio
 
 
 def noted(iteration: int, loss: float, metric: float) -> Record:
-    return Record(iteration, loss, metric, 0.1, None)  # type: ignore[arg-type]
+    return Record(iteration, loss, metric, 0.1, None, Plan())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("iterations", [7, 2_500])
@@ -307,7 +307,7 @@ def test_json_with_nan_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "summary.json").read_text()) == {"loss": [0.1 + 0.2]}
 
 
-HARMLESS = {"out", "resume", "overwrite", "debug", "data_root", "download", "preset", "logger"}
+HARMLESS = {"budget", "out", "resume", "overwrite", "debug", "data_root", "download", "preset", "logger"}
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(omniglot.Config)])

@@ -250,7 +250,8 @@ OTHERS: dict[str, Any] = {
     "order": "first", "method": ("lam=1",), "rule": "adam 0.1", "inner_batch": 1, "inner_clip": 1.0, "head": "top",
     "meta_optimizer": "sgd", "meta_schedule": "cosine", "meta_clip": 1.0, "permutations": 3, "backend": "learn2learn",
     "train_shots": 5, "dataset": "glyphs", "sampler_args": ("gap=3",), "dataset_args": ("size=14",), "model_args": ("width=8",),
-    "train_ways": 7, "augment": "crop-flip", "support_copies": 2,
+    "train_ways": 7, "augment": "crop-flip", "support_copies": 2, "trace": False,
+    "autocast": "bfloat16",
 }  # fmt: skip
 
 

@@ -59,8 +59,7 @@ class Flags:
     inner_clip: float | None = None
     """Longest inner gradient of a task (Euclidean); longer ones are scaled down."""
     method: tuple[str, ...] = ()
-    """Settings that only this method has, such as lam=0.5 cg_steps=10 (imaml), rank=8 (lora_maml), context=10 (cavia); also
-    written --algorithm.lam 0.5."""
+    """Settings that only this method has, such as lam=0.5 (imaml) or rank=8 (lora_maml); also --algorithm.lam 0.5."""
     sampler_args: tuple[str, ...] = ()
     """What --sampler.gap 3 stands for: gap=3."""
     dataset_args: tuple[str, ...] = ()

@@ -212,7 +212,7 @@ def plan(flags: Flags, learner: Learner, training: TaskSampler) -> Plan:
     if flags.map == "auto" and flags.chunk is None and flags.memory == "unroll" and flags.autocast is None:
         return choose(learner, tasks, flags.budget, None, flags.trace, flags.compile, flags.iterations)
     found = default_plan(learner, tasks) if flags.map == "auto" else Plan(flags.map)
-    if flags.compile and found.map == "threads":
+    if flags.compile and flags.map == "auto" and found.map == "threads":
         # Threads cannot be compiled; compiled code fuses the elementwise work, so its pieces may be wider.
         found = Plan("vmap", chunk=4 * (found.chunk or 1))
     asked = {"memory": flags.memory, "compile": flags.compile, "autocast": flags.autocast}

@@ -139,4 +139,5 @@ def _stirred(meta: Meta) -> Meta:
 def _equal(a: Any, b: Any) -> bool:
     ours, theirs = (torch.cat([leaf.reshape(-1) for leaf in pytree.tree_leaves(tree)] or [torch.zeros(1)]) for tree in (a, b))
     slack = 1e-8 if ours.dtype == torch.float64 else 1e-2
-    return bool((ours - theirs).norm() <= slack * theirs.norm())
+    same = torch.equal(ours.isnan(), theirs.isnan())  # a loss that is NaN is so by either way
+    return same and bool((ours.nan_to_num() - theirs.nan_to_num()).norm() <= slack * theirs.nan_to_num().norm())

@@ -175,7 +175,7 @@ def test_the_loss_is_finite_after_a_step_and_the_learner_adapts() -> None:
     assert all(math.isfinite(record.loss) for record in records)
     curve = evaluate(learner, records[-1].meta, Sinusoid(), tasks=50, steps=2)
     before, *_, after = curve.mean(curve.loss)
-    assert after < before
+    assert after < 0.99 * before
 '''
 
 

@@ -26,7 +26,7 @@ LATER: dict[str, Any] = {
     "order": None, "method": [], "rule": None, "inner_batch": None, "inner_clip": None, "head": "head", "meta_optimizer": None,
     "meta_schedule": None, "meta_clip": None, "permutations": 1, "backend": "toolkit", "train_shots": None,
     "dataset": None, "sampler_args": [], "dataset_args": [], "model_args": [], "train_ways": None,
-    "augment": "none", "support_copies": 0, "trace": True, "autocast": None, "budget": None,
+    "augment": "none", "support_copies": 0, "trace": True, "autocast": None,
 }  # fmt: skip
 
 
