@@ -7,10 +7,11 @@ BIN = .venv/bin
 install: .venv/installed
 demo: install
 	$(BIN)/python experiments/quickstart.py --out results/quickstart/demo --overwrite
+# Two processes of one thread each: the tests are small, and threads would only wait for one another.
 test: .venv/tested
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 test-all: .venv/tested
-	$(BIN)/python -m pytest -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
 check: .venv/checked
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

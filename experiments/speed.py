@@ -427,7 +427,7 @@ def main(config: Config) -> None:
     if config.rounds < 1 or not config.seconds > 0:
         raise UserError(f"{config.rounds} rounds of {config.seconds} seconds; give at least 1 and more than 0")
     asked = config.only or tuple(SECTIONS)
-    for package in {package for name in asked for package in PEERS[name]}:
+    for package in dict.fromkeys(package for name in asked for package in PEERS[name]):
         try:
             version(package)
         except PackageNotFoundError:
@@ -479,6 +479,8 @@ def machine() -> dict[str, str]:
 
 def markdown(rows: list[Row], on: dict[str, str], config: Config) -> str:
     """The tables of all sections."""
+    from toolkit.plots.speed import number
+
     lines = [
         "# Speed",
         "",
@@ -497,11 +499,6 @@ def markdown(rows: list[Row], on: dict[str, str], config: Config) -> str:
             share = f" {row.floor:.0%} |" if row.floor else " |" if floors else ""
             lines.append(f"| {row.workload} | {row.subject} | {figure} | {ratio} |{share}")
     return "\n".join(lines) + "\n"
-
-
-def number(value: float) -> str:
-    """Three digits at least, no more than a figure can bear."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 import json
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,12 @@ import torch
 
 from experiments import speed
 from experiments.speed import Config, Images, Row
+from experiments.tools import speed_steps
 from toolkit.data.bank import ClassBank
 from toolkit.flags import launch
-from toolkit.plots.speed import bars
+from toolkit.models import mlp
+from toolkit.plots.speed import bars, number
+from toolkit.task import take
 
 
 @pytest.fixture
@@ -69,13 +74,43 @@ def rows() -> list[Row]:
 
 
 def test_the_table_and_the_figure_hold_the_rows() -> None:
-    text = speed.markdown(rows(), {"processor": "X", "torch": "2"}, Config(only=("samplers",), rounds=7))
-    assert "`python experiments/speed.py --only samplers --data-root data`, medians of 7 rounds" in text
+    text = speed.markdown(rows(), {"processor": "X", "torch": "2"}, Config(rounds=7))
+    assert "`make speed`" in text and "medians of 7 rounds" in text
     assert "| work 1 | ours | 2,469 tasks/s (617 to 3,704) | 123 |" in text and "processor X, torch 2." in text
     figure = bars([vars(row) for row in rows()], "samplers")
     drawn = [patch.get_width() for patch in figure.axes[0].patches]
     assert drawn == [row.value for row in rows()]
-    assert [t.get_text() for t in figure.axes[0].texts] == [f"{r.value:,.0f}  ({r.ratio:.3g}×)" for r in rows()]
+    assert [t.get_text() for t in figure.axes[0].texts] == [f"{number(r.value)}  ({r.ratio:.3g}×)" for r in rows()]
+
+
+@pytest.mark.parametrize("peer", ["learn2learn", "higher"])
+@pytest.mark.parametrize("name", ["sinusoid, 25 tasks, K = 5", "ANIL, Omniglot (stride 2), 32 tasks, 5+5"])
+def test_ours_and_the_peers_do_the_same_work(name: str, peer: str) -> None:
+    """The losses of three training steps agree, so gradients and updates do."""
+    pytest.importorskip(peer)
+    work = next(work for work in speed_steps.workloads() if work.name == name)
+    if peer not in work.peers:
+        pytest.skip(f"{peer} is not measured here")
+    ours, theirs = speed_steps.ours(work, work.plans[0], "cpu"), speed_steps.peer(work, peer, "cpu")
+    assert [ours() for _ in range(3)] == pytest.approx([theirs() for _ in range(3)], rel=1e-3)
+
+
+def test_the_networks_of_the_peers_are_the_same_functions() -> None:
+    for work in speed_steps.workloads():
+        if work.usual is not work.model:
+            x = take(work.tasks(), 0).support.x
+            ours, theirs = work.model(), work.usual()
+            assert ours.state_dict().keys() == theirs.state_dict().keys()
+            assert torch.allclose(ours(x), theirs(x), atol=1e-5)
+
+
+def test_the_floor_counts_products() -> None:
+    """Of one linear layer, by hand: forward, its gradient, and what second order adds to them, in multiples of 2 n m."""
+    work = next(work for work in speed_steps.workloads() if work.name == "sinusoid, 25 tasks, K = 1")
+    small = replace(work, model=partial(mlp, (1, 1)), tasks=speed_steps.sines(3))
+    products = 2 * 10  # of ten numbers with one weight
+    counted = speed_steps.floor(small) / 3 / products
+    assert counted == int(counted) and 4 <= counted <= 7
 
 
 def test_the_committed_table_is_the_one_of_its_numbers() -> None:

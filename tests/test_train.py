@@ -41,6 +41,25 @@ def state_after(learner: Learner, iteration: int, seed: int = 3) -> State:
     return copy.deepcopy(record.state)
 
 
+@pytest.mark.parametrize("plan", [Plan("vmap"), Plan("loop"), Plan("threads", workers=2), Plan("loop", trace=True)], ids=str)
+def test_weights_of_convolutions_move_as_adam_says(plan: Plan) -> None:
+    """The fused Adam of torch pairs weights and slopes by their place in memory, and slopes of convolutions lie channels last."""
+    tasks = task_batch(shape=(2, 8, 8))
+    body = [nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Softplus(), nn.Conv2d(3, 4, 3, stride=2), nn.Flatten()]
+    learner = algorithms.maml(nn.Sequential(*body, nn.Linear(36, 2)).double(), inner_lr=0.1)
+    by_hand = learner.init()
+    plain = torch.optim.Adam(pytree.tree_leaves(by_hand), 0.01, foreach=False, fused=False)
+    for record in train(learner, lambda generator: take(tasks, 0), 3, 2, 0.01, plan=plan):
+        grads, _ = meta_gradient(learner, by_hand, take(tasks, slice(0, 1)), Plan("loop"))
+        assert all(g.stride() == p.stride() for g, p in zip(*map(pytree.tree_leaves, (grads, by_hand)), strict=True))
+        for leaf, its in zip(*map(pytree.tree_leaves, (by_hand, grads)), strict=True):
+            leaf.grad = its
+        plain.step()
+        # Biases before batch norm have no slope, and Adam makes steps of rounding.
+        moved = [{k: v for k, v in meta.params.items() if k != "0.bias"} for meta in (record.meta, by_hand)]
+        assert relative(*moved) < 1e-9
+
+
 def numbers(state: State) -> Tensor:
     """All numbers that a state holds, Adam's moments included."""
     return flat((state.meta, state.optimizer["state"]))

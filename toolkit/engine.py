@@ -57,7 +57,8 @@ def gradient_function(learner: Learner, plan: Plan) -> Callable[[Meta, Task], tu
 
     def of_piece(total: int, own: Learner, meta: Meta, piece: Task) -> tuple[Meta, Score]:
         with precision(plan, piece):
-            return piece_gradient(own, lift_for(plan, piece), meta, piece, total)
+            grads, score = piece_gradient(own, lift_for(plan, piece), meta, piece, total)
+        return pytree.tree_map(_laid_out_like, meta, grads), score
 
     @cache
     def recorder(total: int) -> Recorder:
@@ -96,6 +97,11 @@ def gradient_function(learner: Learner, plan: Plan) -> Callable[[Meta, Task], tu
         return grads, Metrics(task_loss.mean(), task_metric.mean(), task_loss, task_metric)
 
     return gradient
+
+
+def _laid_out_like(leaf: Tensor, slope: Tensor) -> Tensor:
+    """The slope with the strides of its leaf: torch's fused Adam pairs the two by their place in memory, without a look."""
+    return slope if slope.stride() == leaf.stride() else torch.empty_like(leaf).copy_(slope)
 
 
 def _refuse_random(learner: Learner, plan: Plan, tasks: Task) -> None:

@@ -8,6 +8,11 @@ from matplotlib.figure import Figure
 from toolkit.plots.frame import WIDTH, styled
 
 
+def number(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 @styled()
 def bars(rows: Sequence[dict[str, Any]], title: str) -> Figure:
     """One group of bars per workload, one bar per subject, on a logarithmic scale; each bar says how many times the base it is.
@@ -29,7 +34,11 @@ def bars(rows: Sequence[dict[str, Any]], title: str) -> Figure:
         axes.barh(place, row["value"], 0.85, color=shades[kind], label=row["subject"] if first else None)
         axes.errorbar(row["value"], place, xerr=spread, fmt="none", ecolor="black", elinewidth=0.6, capsize=1.5)
         axes.annotate(
-            f"{row['value']:,.0f}  ({row['ratio']:.3g}×)", (row["high"], place), (4, 0), textcoords="offset points", va="center"
+            f"{number(row['value'])}  ({row['ratio']:.3g}×)",
+            (row["high"], place),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
         )
     axes.set_xscale("log")
     axes.set_yticks([step * i + (len(subjects) - 1) / 2 for i in range(len(workloads))], workloads)
