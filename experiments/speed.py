@@ -477,6 +477,15 @@ def machine() -> dict[str, str]:
     return found | {"python": platform.python_version()}
 
 
+def highlights(rows: list[Row]) -> str:
+    """Of each exact second-order step how many times as fast as learn2learn our fastest plan is, in one line."""
+    best: dict[str, float] = {}
+    for row in rows:
+        if row.section == "steps" and row.subject.startswith("toolkit") and "bfloat16" not in row.subject and row.ratio:
+            best[row.workload] = max(best.get(row.workload, 0), row.ratio)
+    return ", ".join(f"{name} {ratio:.3g}" for name, ratio in best.items() if not name.startswith(("FOMAML", "ANIL")))
+
+
 def markdown(rows: list[Row], on: dict[str, str], config: Config) -> str:
     """The tables of all sections."""
     from toolkit.plots.speed import number

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,10 +19,12 @@ from torch.utils import _pytree as pytree
 
 from tests.conftest import convolutional, dense, relative, task_batch
 from toolkit import Batch, Curve, Learner, Meta, Plan, Task, UserError, algorithms, draw, evaluate
+from toolkit.choose import peak
 from toolkit.evaluate import predictions
 from toolkit.metrics import squared_error
+from toolkit.models import mlp
 from toolkit.rules import SGD, Adam
-from toolkit.samplers import Linear
+from toolkit.samplers import Linear, Sinusoid
 from toolkit.starts import inherited
 from toolkit.task import take
 from toolkit.tree import Params
@@ -511,3 +514,13 @@ def test_diverged_tasks_are_counted_and_left_out() -> None:
     assert curve.finite().tolist() == [1, float(small.double().mean())]
     assert torch.equal(curve.loss[:, 1].isfinite(), small)
     assert torch.allclose(curve.mean()[1], curve.metric[small, 1].mean(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is only known on Linux")
+def test_memory_does_not_grow_with_the_number_of_tasks() -> None:
+    learner = algorithms.maml(mlp(), loss=squared_error, metric=squared_error, inner_lr=0.01)
+    meta, sampler = learner.init(), Sinusoid(50, 500)
+    evaluate(learner, meta, sampler, 64, 2)
+    few, many = (peak(lambda tasks=tasks: evaluate(learner, meta, sampler, tasks, 2)) for tasks in (64, 5120))
+    assert few > 5e6, "else this test could not fail"
+    assert many < few + 25e6, "it was 50 MB when small results lay between the tasks"

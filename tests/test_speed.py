@@ -118,6 +118,8 @@ def test_the_committed_table_is_the_one_of_its_numbers() -> None:
     found = json.loads((folder / "speed.json").read_text())
     text = speed.markdown([Row(**row) for row in found["rows"]], found["machine"], Config(**found["config"]))
     assert (folder / "speed.md").read_text() == text
+    readme = " ".join((folder.parent.parent / "README.md").read_text().split())
+    assert speed.highlights([Row(**row) for row in found["rows"]]) in readme
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def state_after(learner: Learner, iteration: int, seed: int = 3) -> State:
 
 @pytest.mark.parametrize("plan", [Plan("vmap"), Plan("loop"), Plan("threads", workers=2), Plan("loop", trace=True)], ids=str)
 def test_weights_of_convolutions_move_as_adam_says(plan: Plan) -> None:
-    """The fused Adam of torch pairs weights and slopes by their place in memory, and slopes of convolutions lie channels last."""
+    """The fused Adam of torch pairs weights and slopes by their place in memory, and convolutions keep channels last."""
     tasks = task_batch(shape=(2, 8, 8))
     body = [nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Softplus(), nn.Conv2d(3, 4, 3, stride=2), nn.Flatten()]
     learner = algorithms.maml(nn.Sequential(*body, nn.Linear(36, 2)).double(), inner_lr=0.1)

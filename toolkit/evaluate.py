@@ -46,16 +46,18 @@ def evaluate(
             f"{tasks} evaluation tasks, {steps} steps, {permutations} label orders; give at least 1 task, 0 steps and 1 order"
         )
     device = next(iter(meta.params.values())).device
-    digest, scores = hashlib.sha256(), list[Score]()
+    # Made at once: small results kept between large tasks would leave memory in pieces.
+    digest, loss, metric = hashlib.sha256(), *torch.empty(2, tasks, steps + 1, dtype=torch.float64)
     for start in range(0, tasks, DRAWN_AT_ONCE):
         drawn = draw(sampler, min(DRAWN_AT_ONCE, tasks - start), seed, start, split)
         fingerprint(drawn, digest)
         drawn = move(drawn, device)
         plan = plan or default_plan(_judged(learner), drawn)
-        scores += judge(learner, plan, steps, permutations)(meta, drawn)
+        scores = judge(learner, plan, steps, permutations)(meta, drawn)
+        for whole, values in zip((loss, metric), zip(*scores, strict=True), strict=True):
+            whole[start : start + count(drawn)] = torch.cat(values)
         if progress:
             progress(count(drawn))
-    loss, metric = (torch.cat(values).double().cpu() for values in zip(*scores, strict=True))
     return Curve(loss, metric, learner.metric_name, digest.hexdigest()[:16])
 
 
