@@ -24,8 +24,6 @@ log = logging.getLogger("toolkit")
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # A measurement that takes longer than it can save is left out.
 WORTH_MEASURING = 30.0
-
-
 Gradient = Callable[[Meta, Task], Any]
 
 
@@ -65,7 +63,9 @@ def choose(
         row = predicted(learner, meta, tasks, first, limit)
         if row.cost is not None and row.plan == first and row.cost.seconds * iterations < WORTH_MEASURING:
             return first
-    rows = [predicted(learner, meta, tasks, plan, limit) for plan in candidates(learner, tasks, trace, compile)]
+    plans = candidates(learner, tasks, trace, compile)
+    log.info("measuring %d plans on the first tasks", len(plans))
+    rows = [predicted(learner, meta, tasks, plan, limit) for plan in plans]
     if all(row.cost is None for row in rows):
         rows.append(predicted(learner, meta, tasks, Plan("loop"), limit))
     possible = [row for row in rows if row.cost is not None]
