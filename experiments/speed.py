@@ -320,9 +320,11 @@ def memory(config: Config) -> list[Row]:
         for plan in plans:
             log.info("memory, K = %d: %s", k, plan)
             function = gradient_function.__wrapped__(learner, plan)
-            function(meta, tasks)
+            if k <= WARMED:
+                function(meta, tasks)
             found[f"toolkit: {plan}"], seconds[f"toolkit: {plan}"] = _peak_and_time(partial(function, meta, tasks), config)
-        theirs()
+        if k <= WARMED:
+            theirs()
         found["learn2learn"], seconds["learn2learn"] = _peak_and_time(theirs, config)
         rows += _rows("memory", f"mini-ImageNet, K = {k}", found, "MB", "learn2learn")
         times = {name: [1000 * t for t in each] for name, each in seconds.items()}
@@ -330,12 +332,14 @@ def memory(config: Config) -> list[Row]:
     return rows
 
 
-RECORDED = 20  # inner steps up to which recorded plans are in the table of memory: recording takes a second a step
+# Inner steps up to which recorded plans are in the table of memory, since recording takes a second a step; and up to which a
+# first run goes unmeasured.
+RECORDED, WARMED = 5, 20
 
 
 def _peak_and_time(work: Callable[[], object], config: Config) -> tuple[list[float], list[float]]:
     peaks, times = list[float](), list[float]()
-    for _ in range(3):
+    for _ in range(2):
         began = time.perf_counter()
         peaks.append(peak(work, config.device) / 1e6)
         times.append(time.perf_counter() - began)
@@ -437,7 +441,8 @@ def main(config: Config) -> None:
         torch.set_num_threads(1 if name == "samplers" else threads)
         rows += SECTIONS[name](config)
         write(rows, config)
-    print(markdown(rows, machine(), config))
+        log.info("%s is measured", name)
+    print((config.out / ("speed.md" if config.device == "cpu" else "speed-cuda.md")).read_text())
 
 
 def write(rows: list[Row], config: Config) -> None:
@@ -445,13 +450,14 @@ def write(rows: list[Row], config: Config) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
     stem = "speed" if config.device == "cpu" else "speed-cuda"
     file = config.out / f"{stem}.json"
-    before = json.loads(file.read_text())["rows"] if file.exists() else []
+    before = json.loads(file.read_text()) if file.exists() else {"rows": [], "machine": {}}
     new = {row.section for row in rows}
-    rows = [*rows, *(Row(**row) for row in before if row["section"] not in new)]
+    rows = [*rows, *(Row(**row) for row in before["rows"] if row["section"] not in new)]
+    machines = {name: machine() if name in new else before["machine"][name] for name in {row.section for row in rows}}
     rows.sort(key=lambda row: list(SECTIONS).index(row.section))
     kept = {"rounds": config.rounds, "seconds": config.seconds, "device": config.device}
-    write_json(file, {"config": kept, "machine": machine(), "rows": [asdict(row) for row in rows]})
-    replace_file(config.out / f"{stem}.md", markdown(rows, machine(), config).encode())
+    write_json(file, {"config": kept, "machine": machines, "rows": [asdict(row) for row in rows]})
+    replace_file(config.out / f"{stem}.md", markdown(rows, machines, config).encode())
     from toolkit.plots.save import save
     from toolkit.plots.speed import bars
 
@@ -486,20 +492,20 @@ def highlights(rows: list[Row]) -> str:
     return ", ".join(f"{name} {ratio:.3g}" for name, ratio in best.items() if not name.startswith(("FOMAML", "ANIL")))
 
 
-def markdown(rows: list[Row], on: dict[str, str], config: Config) -> str:
-    """The tables of all sections."""
+def markdown(rows: list[Row], on: dict[str, dict[str, str]], config: Config) -> str:
+    """The tables of all sections, with the machine of each."""
     from toolkit.plots.speed import number
 
     lines = [
         "# Speed",
         "",
         f"`make speed` (`experiments/speed.py`, which says what each section measures), medians of {config.rounds} rounds "
-        "taken in turn, lowest to highest in brackets. " + ", ".join(f"{k} {v}" for k, v in on.items()) + ".",
+        "taken in turn, lowest to highest in brackets.",
     ]
     for section in {row.section: None for row in rows}:
         mine = [row for row in rows if row.section == section]
         floors = any(row.floor for row in mine)
-        lines += ["", f"## {section}", ""]
+        lines += ["", f"## {section}", "", ", ".join(f"{k} {v}" for k, v in on[section].items()) + ".", ""]
         lines += [f"| work | by | figure | times {BASE[section]} |" + (" share of the floor |" if floors else "")]
         lines += ["|---|---|---|---|" + ("---|" if floors else "")]
         for row in mine:

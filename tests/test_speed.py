@@ -74,7 +74,7 @@ def rows() -> list[Row]:
 
 
 def test_the_table_and_the_figure_hold_the_rows() -> None:
-    text = speed.markdown(rows(), {"processor": "X", "torch": "2"}, Config(rounds=7))
+    text = speed.markdown(rows(), {"samplers": {"processor": "X", "torch": "2"}}, Config(rounds=7))
     assert "`make speed`" in text and "medians of 7 rounds" in text
     assert "| work 1 | ours | 2,469 tasks/s (617 to 3,704) | 123 |" in text and "processor X, torch 2." in text
     figure = bars([vars(row) for row in rows()], "samplers")
