@@ -489,7 +489,7 @@ def highlights(rows: list[Row]) -> str:
     for row in rows:
         if row.section == "steps" and row.subject.startswith("toolkit") and "bfloat16" not in row.subject and row.ratio:
             best[row.workload] = max(best.get(row.workload, 0), row.ratio)
-    return ", ".join(f"{name} {ratio:.3g}" for name, ratio in best.items() if not name.startswith(("FOMAML", "ANIL")))
+    return ", ".join(f"{ratio:.3g} ({name})" for name, ratio in best.items() if not name.startswith(("FOMAML", "ANIL")))
 
 
 def markdown(rows: list[Row], on: dict[str, dict[str, str]], config: Config) -> str:

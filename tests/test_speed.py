@@ -80,7 +80,7 @@ def test_the_table_and_the_figure_hold_the_rows() -> None:
     figure = bars([vars(row) for row in rows()], "samplers")
     drawn = [patch.get_width() for patch in figure.axes[0].patches]
     assert drawn == [row.value for row in rows()]
-    assert [t.get_text() for t in figure.axes[0].texts] == [f"{number(r.value)}  ({r.ratio:.3g}×)" for r in rows()]
+    assert [t.get_text() for t in figure.axes[0].texts] == [f"{r.subject}  {number(r.value)} ({r.ratio:.3g}×)" for r in rows()]
 
 
 @pytest.mark.parametrize("peer", ["learn2learn", "higher"])
