@@ -96,7 +96,7 @@ def run(
     job = Job(flags, folder, learner, trainee, training, source, validation, plan, gradient, config_hash(config))
     outcome = _train(job)
     with tqdm(total=flags.eval_tasks, desc="test", unit="task") as bar:
-        judging, seed = parts.judging(outcome.plan), flags.eval_seed
+        judging, seed = parts.judging(flags, outcome.plan), flags.eval_seed
         sizes = flags.eval_tasks, flags.eval_steps, seed, "test"
         curve = evaluate(learner, outcome.best, test, *sizes, judging, bar.update, flags.permutations)
     uses_batch_norm = learner.observe(move(take(draw(test, 1, flags.eval_seed), 0), flags.device).support.x).batch_norm
@@ -211,7 +211,7 @@ def _shown(row: dict[str, float], record: Record, learner: Learner, tasks: int) 
 
 def _validate(job: Job, meta: Meta) -> dict[str, float]:
     """The validation row, after the steps of training; what pretraining made is judged after those of the test."""
-    flags, judging = job.flags, parts.judging(job.plan)
+    flags, judging = job.flags, parts.judging(job.flags, job.plan)
     steps = flags.eval_steps if job.learner.pretrain else job.learner.steps
     curve = evaluate(job.learner, meta, job.validation, flags.val_tasks, steps, flags.eval_seed, "val", judging)
     means = {

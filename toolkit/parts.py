@@ -232,6 +232,8 @@ def kept_plan(folder: Path) -> Plan | None:
         raise UserError(f"{file} is damaged; delete it, and a plan is chosen anew") from None
 
 
-def judging(plan: Plan) -> Plan:
-    """The plan for evaluation: that of training, without what only a gradient needs, in full precision."""
-    return replace(plan, memory="unroll", compile=False, autocast=None, trace=plan.records)
+def judging(flags: Flags, plan: Plan) -> Plan:
+    """The plan for evaluation: that of training, without what only a gradient needs, in full precision. Threads take task by
+    task unless a chunk was asked for: test tasks have more queries, whose convolutions are fastest alone."""
+    chunk = flags.chunk if plan.map == "threads" else plan.chunk
+    return replace(plan, chunk=chunk, memory="unroll", compile=False, autocast=None, trace=plan.records)
