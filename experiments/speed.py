@@ -352,7 +352,7 @@ def evaluation(config: Config) -> list[Row]:
 
     rows = list[Row]()
     cases: tuple[tuple[str, bool, Callable[[], nn.Module], Task], ...] = (
-        ("Omniglot (stride 2)", True, partial(conv4, 5), images(64, 15, 28, 1)()),
+        ("Omniglot (stride 2)", True, partial(conv4, 5), images(16, 15, 28, 1)()),
         ("sinusoid", False, mlp, sines(64)()),
     )
     for name, classes, model, made in cases:
@@ -376,7 +376,7 @@ def evaluation(config: Config) -> list[Row]:
             scored = judge(own, plan, 10, 1)
             return lambda: len(torch.cat([score.loss for score in scored(meta, tasks)]))
 
-        first = Plan("threads", 4) if classes and config.device == "cpu" else Plan("vmap")
+        first = Plan("threads", 1) if classes and config.device == "cpu" else Plan("vmap")
         subjects = {f"toolkit: {plan}": by(plan) for plan in (first, replace(first, trace=True))} | {"learn2learn": theirs}
         rows += _table("evaluation", f"{name}, 10 steps", subjects, "tasks/s", "learn2learn", config)
     return rows
