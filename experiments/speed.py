@@ -8,7 +8,8 @@ learn2learn, higher, TorchOpt and, where the network is small, JAX (`jit` of `vm
 and the same tensors, and their first losses must agree. Peers run the networks with ReLU before pooling, as papers write them;
 ours have it behind, the same function by less work, so a row has learn2learn on our order too. The floor is the time that the
 step's products would take at the rate of a large matrix product, measured in the same run.
-memory: peak above what is there before, and seconds, of one mini-ImageNet meta-gradient for more and more inner steps.
+memory: peak above what is there before, and seconds, of one mini-ImageNet meta-gradient for more and more inner steps, one
+subject after the other, three runs each.
 evaluation: test tasks per second, with the curve after each of ten steps.
 start: seconds to import, to show help, and to the first step of a compiled training with a warm cache.
 samplers: tasks per second of N-way K-shot image tasks on one thread, from the same uint8 images in memory: ours in meta-batches
@@ -320,11 +321,9 @@ def memory(config: Config) -> list[Row]:
         for plan in plans:
             log.info("memory, K = %d: %s", k, plan)
             function = gradient_function.__wrapped__(learner, plan)
-            if k <= WARMED:
-                function(meta, tasks)
+            function(meta, tasks)
             found[f"toolkit: {plan}"], seconds[f"toolkit: {plan}"] = _peak_and_time(partial(function, meta, tasks), config)
-        if k <= WARMED:
-            theirs()
+        theirs()
         found["learn2learn"], seconds["learn2learn"] = _peak_and_time(theirs, config)
         rows += _rows("memory", f"mini-ImageNet, K = {k}", found, "MB", "learn2learn")
         times = {name: [1000 * t for t in each] for name, each in seconds.items()}
@@ -332,14 +331,12 @@ def memory(config: Config) -> list[Row]:
     return rows
 
 
-# Inner steps up to which recorded plans are in the table of memory, since recording takes a second a step; and up to which a
-# first run goes unmeasured.
-RECORDED, WARMED = 5, 20
+RECORDED = 20  # inner steps up to which recorded plans are in the table of memory: recording takes a second a step
 
 
 def _peak_and_time(work: Callable[[], object], config: Config) -> tuple[list[float], list[float]]:
     peaks, times = list[float](), list[float]()
-    for _ in range(2):
+    for _ in range(3):
         began = time.perf_counter()
         peaks.append(peak(work, config.device) / 1e6)
         times.append(time.perf_counter() - began)
@@ -500,7 +497,7 @@ def markdown(rows: list[Row], on: dict[str, dict[str, str]], config: Config) -> 
         "# Speed",
         "",
         f"`make speed` (`experiments/speed.py`, which says what each section measures), medians of {config.rounds} rounds "
-        "taken in turn, lowest to highest in brackets.",
+        "taken in turn (memory: of three runs), lowest to highest in brackets.",
     ]
     for section in {row.section: None for row in rows}:
         mine = [row for row in rows if row.section == section]

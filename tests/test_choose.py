@@ -2,7 +2,6 @@
 
 import logging
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from experiments import sinusoid
 from tests.conftest import convolutional, dense, relative, task_batch
-from toolkit import Learner, Meta, Plan, Task, UserError, algorithms, choose, cli, draw, meta_gradient, train
-from toolkit import choose as choose_function
+from tests.test_harness import config
+from toolkit import Learner, Meta, Plan, Task, UserError, algorithms, choose, cli, meta_gradient, train
 from toolkit.choose import candidates, measured, peak, predicted, size
 from toolkit.engine import gradient_function
 from toolkit.experiment import run
 from toolkit.metrics import squared_error
 from toolkit.models import mlp
 from toolkit.plan import out_of_memory
-from toolkit.runs.folder import Run
 from toolkit.samplers import Sinusoid
 from toolkit.task import count
 
@@ -108,9 +105,6 @@ def test_what_vmap_cannot_batch_is_named_and_goes_one_by_one(caplog: pytest.LogC
     assert meta_gradient(learner, learner.init(), tasks, Plan("loop"))
 
 
-PREDICTED: dict[str, tuple[Learner, Task, Plan]] = {}
-
-
 def cases() -> dict[str, tuple[Learner, Task, Plan]]:
     learner, tasks = wide()
     return {
@@ -179,19 +173,6 @@ def test_plans_become_smaller_in_steps() -> None:
     ]  # fmt: skip
 
 
-def flags(out: Path, **changes: Any) -> sinusoid.Config:
-    short = {
-        "iterations": 4,
-        "validate_every": 2,
-        "tasks": 4,
-        "val_tasks": 3,
-        "eval_tasks": 3,
-        "eval_steps": 1,
-        "compile": False,
-    }
-    return sinusoid.Config(**short | {"out": out} | changes)
-
-
 def test_a_run_records_the_plan_that_memory_forced_and_a_resume_keeps_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -199,14 +180,14 @@ def test_a_run_records_the_plan_that_memory_forced_and_a_resume_keeps_it(
     monkeypatch.setattr("toolkit.experiment.backend", lambda name: failing(above=2))
     learner = algorithms.maml(mlp(), loss=squared_error, metric=squared_error, inner_lr=0.01)
     samplers = Sinusoid(5, 5), Sinusoid(5, 6), Sinusoid(5, 7)
-    record = run(flags(tmp_path / "run"), "sinusoid", learner, *samplers)
+    record = run(config(tmp_path / "run", tasks=4), "sinusoid", learner, *samplers)
     assert record.summary["plan"]["chunk"] == 2
     monkeypatch.setattr("toolkit.parts.choose", lambda *a: pytest.fail("a resumed run measures nothing"))
     (tmp_path / "run" / "summary.json").unlink()
-    assert run(flags(tmp_path / "run", resume=True), "sinusoid", learner, *samplers).summary["plan"]["chunk"] == 2
+    assert run(config(tmp_path / "run", tasks=4, resume=True), "sinusoid", learner, *samplers).summary["plan"]["chunk"] == 2
     (tmp_path / "run" / "plan.json").write_text("{")
     with pytest.raises(UserError, match=r"plan.json is damaged; delete it, and a plan is chosen anew"):
-        run(flags(tmp_path / "run", resume=True), "sinusoid", learner, *samplers)
+        run(config(tmp_path / "run", tasks=4, resume=True), "sinusoid", learner, *samplers)
 
 
 def test_toolkit_plan_prints_what_it_predicts_and_measures(
@@ -232,9 +213,3 @@ def test_toolkit_plan_says_what_one_task_needs(monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 2 and "no plan fits; one task needs" in capsys.readouterr().err
-
-
-def test_the_public_name_is_the_function() -> None:
-    assert choose is choose_function and callable(choose) and replace(Plan(), chunk=2) == Plan(chunk=2)
-    assert draw(Sinusoid(5, 5), 2, 0).support.y.shape[0] == 2
-    assert Run(Path("nowhere")).path == Path("nowhere")

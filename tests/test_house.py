@@ -81,6 +81,19 @@ def test_importing_the_toolkit_is_light() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_the_package_shows_its_names_when_they_are_asked_for() -> None:
+    """And of a function and its module the function, whichever is asked for first."""
+    code = (
+        "import sys, toolkit; assert 'torch' not in sys.modules\n"
+        "from toolkit.train import Record; import toolkit.evaluate, toolkit.choose\n"
+        "for name in ('train', 'evaluate', 'choose'): assert getattr(toolkit, name).__module__ == f'toolkit.{name}', name\n"
+        "assert all(hasattr(toolkit, name) for name in toolkit.__all__) and not hasattr(toolkit, 'nothing')\n"
+        "from toolkit import *"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
 def test_files_stay_small() -> None:
     long = {p.name: n for p in (ROOT / "toolkit").rglob("*.py") if (n := len(p.read_text().splitlines())) > 300}
     assert not long, long

@@ -17,7 +17,7 @@ from toolkit.allocator import return_freed_memory
 from toolkit.engine import gradient_function
 from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta
-from toolkit.plan import Plan, default_plan, out_of_memory
+from toolkit.plan import Plan, compiled_plan, default_plan, out_of_memory
 from toolkit.task import Task, count, take
 
 log = logging.getLogger("toolkit")
@@ -57,7 +57,7 @@ def choose(
     `trace` and `compile` say whether recorded and compiled plans are tried; a training of few `iterations` takes the default
     plan unmeasured. Raises UserError when one task alone needs more than the budget.
     """
-    limit, meta = size(budget) if budget is not None else int(0.75 * free(tasks)), meta or learner.init()
+    limit, meta = _limit(budget, tasks), meta or learner.init()
     first = default_plan(learner, tasks)
     if budget is None and not compile and iterations is not None:
         row = predicted(learner, meta, tasks, first, limit)
@@ -96,10 +96,7 @@ def candidates(learner: Learner, tasks: Task, trace: bool = True, compile: bool 
         found += [Plan(first.map, first.chunk, trace=True)]
         if first.map == "threads":
             found += [Plan("threads", 1, trace=True)] * (first.chunk != 1) + [Plan("loop", trace=True)]
-    if compile and not random:
-        # Compiled code fuses the elementwise work, so its pieces may be wider than those of threads.
-        found += [Plan("vmap", 4 * (first.chunk or 1) if first.map == "threads" else None, compile=True)]
-    return found
+    return [*found, compiled_plan(first)] if compile and not random else found
 
 
 def predicted(learner: Learner, meta: Meta, tasks: Task, plan: Plan, limit: int) -> Row:
@@ -108,9 +105,9 @@ def predicted(learner: Learner, meta: Meta, tasks: Task, plan: Plan, limit: int)
     while True:
         try:
             cost = _extrapolated(learner, meta, tasks, plan, limit)
+        except UserError:
+            raise
         except Exception as error:
-            if isinstance(error, UserError):
-                raise
             if not out_of_memory(error):
                 return Row(plan, None, _in_words(error))
             cost = None
@@ -191,6 +188,10 @@ def _memory(key: str) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def _limit(budget: str | int | None, tasks: Task) -> int:
+    return size(budget) if budget is not None else int(0.75 * free(tasks))
+
+
 def free(tasks: Task) -> int:
     """The bytes that are free on the device of these tasks."""
     device = tasks.support.y.device
@@ -223,7 +224,7 @@ def _in_words(error: Exception) -> str:
 
 def survey(learner: Learner, tasks: Task, budget: str | None, trace: bool, compile: bool) -> Iterator[tuple[Row, Cost | None]]:
     """Every candidate, those that recompute the steps too, as predicted from a few pieces and as measured on all `tasks`."""
-    meta, limit = learner.init(), size(budget) if budget is not None else int(0.75 * free(tasks))
+    meta, limit = learner.init(), _limit(budget, tasks)
     plans = candidates(learner, tasks, trace, compile)
     for plan in (*plans, *(replace(plan, memory="recompute") for plan in plans if learner.steps and not plan.compile)):
         row = predicted(learner, meta, tasks, plan, limit)

@@ -98,7 +98,8 @@ def run(
     with tqdm(total=flags.eval_tasks, desc="test", unit="task") as bar:
         judging, seed = parts.judging(flags, outcome.plan), flags.eval_seed
         sizes = flags.eval_tasks, flags.eval_steps, seed, "test"
-        curve = evaluate(learner, outcome.best, test, *sizes, judging, bar.update, flags.permutations)
+        trace = outcome.plan.records
+        curve = evaluate(learner, outcome.best, test, *sizes, judging, bar.update, flags.permutations, trace)
     uses_batch_norm = learner.observe(move(take(draw(test, 1, flags.eval_seed), 0), flags.device).support.x).batch_norm
     write_json(folder / "curve.json", curve.to_json())
     _write_example(folder, flags, learner, outcome.best, test)
@@ -213,7 +214,8 @@ def _validate(job: Job, meta: Meta) -> dict[str, float]:
     """The validation row, after the steps of training; what pretraining made is judged after those of the test."""
     flags, judging = job.flags, parts.judging(job.flags, job.plan)
     steps = flags.eval_steps if job.learner.pretrain else job.learner.steps
-    curve = evaluate(job.learner, meta, job.validation, flags.val_tasks, steps, flags.eval_seed, "val", judging)
+    sizes, trace = (flags.val_tasks, steps, flags.eval_seed, "val"), job.plan.records
+    curve = evaluate(job.learner, meta, job.validation, *sizes, judging, trace=trace)
     means = {
         "val_loss": curve.mean(curve.loss),
         "val_metric": curve.mean(),

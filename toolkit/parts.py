@@ -19,7 +19,7 @@ from toolkit.errors import UserError, unknown
 from toolkit.flags import Flags, build
 from toolkit.learner import Learner, Loss
 from toolkit.metrics import accuracy, cross_entropy, of_ways, squared_error
-from toolkit.plan import Plan, default_plan
+from toolkit.plan import Plan, compiled_plan, default_plan
 from toolkit.samplers import AllClasses, Augmented, Episodes, crop_flip
 from toolkit.task import Padded, Task, TaskSampler, draw, move, take
 
@@ -212,9 +212,7 @@ def plan(flags: Flags, learner: Learner, training: TaskSampler) -> Plan:
     if flags.map == "auto" and flags.chunk is None and flags.memory == "unroll" and flags.autocast is None:
         return choose(learner, tasks, flags.budget, None, flags.trace, flags.compile, flags.iterations)
     found = default_plan(learner, tasks) if flags.map == "auto" else Plan(flags.map)
-    if flags.compile and flags.map == "auto" and found.map == "threads":
-        # Threads cannot be compiled; compiled code fuses the elementwise work, so its pieces may be wider.
-        found = Plan("vmap", chunk=4 * (found.chunk or 1))
+    found = compiled_plan(found) if flags.compile and flags.map == "auto" else found
     asked = {"memory": flags.memory, "compile": flags.compile, "autocast": flags.autocast}
     chunk = found.chunk if flags.chunk is None else flags.chunk
     return replace(found, chunk=chunk, trace=flags.trace and not random and not flags.compile, **asked)  # type: ignore[arg-type]
@@ -232,8 +230,9 @@ def kept_plan(folder: Path) -> Plan | None:
         raise UserError(f"{file} is damaged; delete it, and a plan is chosen anew") from None
 
 
-def judging(flags: Flags, plan: Plan) -> Plan:
-    """The plan for evaluation: that of training, without what only a gradient needs, in full precision. Threads take task by
-    task unless a chunk was asked for: test tasks have more queries, whose convolutions are fastest alone."""
-    chunk = flags.chunk if plan.map == "threads" else plan.chunk
-    return replace(plan, chunk=chunk, memory="unroll", compile=False, autocast=None, trace=plan.records)
+def judging(flags: Flags, plan: Plan) -> Plan | None:
+    """The plan for evaluation: what was asked for, without what only a gradient needs, in full precision; else `evaluate`
+    chooses, whose tasks have more queries than those of training."""
+    if flags.map == "auto" and flags.chunk is None:
+        return None
+    return replace(plan, memory="unroll", compile=False, autocast=None, trace=plan.records)

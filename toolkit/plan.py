@@ -112,6 +112,12 @@ def default_plan(learner: Learner, tasks: Task) -> Plan:
     return Plan("threads", chunk=max(1, min(8, PIXELS_PER_PIECE // pixels)))
 
 
+def compiled_plan(plan: Plan) -> Plan:
+    """The plan compiled. Threads cannot be; compiled code fuses elementwise work, so its pieces may be wider than theirs."""
+    wide = replace(plan, map="vmap", chunk=4 * (plan.chunk or 1)) if plan.map == "threads" else plan
+    return replace(wide, compile=True)
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on a GPU or on the CPU, where torch raises a plain RuntimeError for it."""
     told = isinstance(error, RuntimeError) and "allocate memory" in str(error)

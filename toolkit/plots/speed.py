@@ -39,6 +39,7 @@ def bars(rows: Sequence[dict[str, Any]], title: str) -> Figure:
     axes.set_yticks(ticks, workloads)
     axes.set_ylim(place - 1.3, -0.7)
     axes.set_xlabel(rows[0]["unit"])
-    axes.set_xlim(min(row["low"] for row in rows) / 3, 10_000 * max(row["high"] for row in rows))
+    left, high = min(row["low"] for row in rows) / 3, max(row["high"] for row in rows)
+    axes.set_xlim(left, high * (high / left) ** 1.2)  # more than half of the width for the words
     axes.set_title(title)
     return figure
