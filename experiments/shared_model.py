@@ -54,7 +54,7 @@ from toolkit.metrics import accuracy
 from toolkit.models import BigModel
 from toolkit.plan import Plan
 from toolkit.runs.folder import Run, prepare, write_json
-from toolkit.runs.summary import code_version, summarise
+from toolkit.runs.summary import Outcome, code_version, peak_mb, summarise
 from toolkit.samplers import Loaders, MetaTask, joint_epochs
 from toolkit.samplers.episodes import as_input
 from toolkit.task import Batch, Task, draw, stack, take
@@ -163,7 +163,9 @@ def main(config: Config) -> None:
         adapts = replace(adapting(config, model, start), name=name, steps=config.inner_steps)
         curves[name] = judged(config, adapts, start, episodes["test"])
         selected = {"inner_lr": start.rate, "val_metric": start.validation[str(start.rate)]}
-        own = summarise(flags, adapts, Plan("vmap"), curves[name], trained[name], selected, 1 / CLASSES, git, False)
+        outcome = Outcome(adapts.init(), selected, trained[name], Plan("vmap"), peak_mb("cpu"))
+        traces = {"selection": f"the best rate on {config.val_tasks} validation tasks", "git": git}
+        own = summarise(flags, adapts, curves[name], outcome, 1 / CLASSES, False, 0, traces)
         # MAML alone was trained on steps, and only its iterations are those of the flags.
         own["inner_steps"] = config.inner_steps if name == "maml" else None
         own["cost"] = {key: own["cost"][key] for key in ("seconds", "parameters")}

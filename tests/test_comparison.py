@@ -20,7 +20,7 @@ from experiments import compare_algorithms, omniglot, sinusoid
 from experiments.compare_algorithms import FAMILIES, SETTINGS, Config, main
 from toolkit import UserError
 from toolkit.algorithms import METHODS
-from toolkit.flags import build, check, launch
+from toolkit.flags import build, checked, launch
 from toolkit.metrics import squared_error
 from toolkit.models import conv4_32, mlp
 from toolkit.runs.comparison import difference, entries, rows, table
@@ -407,7 +407,7 @@ def test_every_command_is_one_that_its_script_takes(
         assert {key.removeprefix("no_") for key in options} <= known
         for key, value in options.items():
             assert getattr(flags, key.removeprefix("no_")) == (value if key in known else not value), (key, value)
-        check(flags)
+        checked(flags)
         if module is omniglot:
             learner = build(flags, conv4_32(flags.ways), 50)
         else:

@@ -151,3 +151,14 @@ def test_half_precision_keeps_its_type_and_its_gradient_is_near(tasks: int) -> N
         found = second(x, weight, bias, gain)
     assert all(f.dtype == torch.float32 for f in found)
     assert 1e-4 < relative(found[1], expected[1]) < 0.1
+
+
+@pytest.mark.parametrize("size", [1, (1, 1), 2])
+def test_adaptive_average_pooling_is_torchs_and_to_one_number_needs_no_loop(size: Any) -> None:
+    """torch has no batching rule for it and says so in a warning, which is an error here."""
+    x, layer = torch.randn(2, 3, 4, 6, 4, dtype=torch.float64), nn.AdaptiveAvgPool2d(size)
+    with Norms("batch"):
+        assert torch.allclose(layer(x[0]), F.adaptive_avg_pool2d(x[0], size), atol=1e-14)
+        if size != 2:
+            seconds = vmap(grad(lambda x: layer(x).square().sum()))(x)
+            assert torch.allclose(seconds[0], grad(lambda x: F.adaptive_avg_pool2d(x, 1).square().sum())(x[0]), atol=1e-14)

@@ -100,6 +100,13 @@ def test_a_recorded_batch_of_another_size_is_recorded_anew() -> None:
         assert relative(grads, meta_gradient(learner, meta, tasks, Plan("loop"))[0]) < 1e-12
 
 
+def test_each_set_of_shapes_has_a_recording_of_its_own() -> None:
+    learner, own = algorithms.maml(dense()), recorder(eager)
+    for tasks in (task_batch(tasks=3), task_batch(tasks=4), task_batch(tasks=3)):
+        own.prepare(learner, learner.init(), tasks)
+    assert len(own.made) == 2 and all(made is not None for made in own.made.values())
+
+
 @pytest.mark.parametrize("model", ["float64", "float32", "casting"])
 def test_wrong_recordings_are_noticed_and_rounding_is_not(model: str, altered: Any, caplog: pytest.LogCaptureFixture) -> None:
     network = {"float64": dense, "float32": lambda: dense().float(), "casting": Casting}[model]()

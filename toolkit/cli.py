@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from toolkit.arguments import undotted
 from toolkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,10 +22,7 @@ def main() -> None:
     words = sys.argv[1:]
     parser = _parser()
     try:
-        if any(word.startswith(("--sampler.", "--dataset.")) for word in words):
-            from toolkit.flags import undotted
-
-            words = undotted(words)
+        words = undotted(words)
         arguments, rest = parser.parse_known_args(words)
         if rest and arguments.command != "plan":
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -137,7 +135,7 @@ def _check(arguments: argparse.Namespace) -> int:
 def _samplers(arguments: argparse.Namespace) -> "dict[str, TaskSampler]":
     """The samplers of the splits, as an experiment with these flags has them."""
     from toolkit import parts
-    from toolkit.flags import EpisodeFlags, check
+    from toolkit.flags import EpisodeFlags, checked
 
     if arguments.name == "episodes" and arguments.dataset is None:
         raise UserError("episodes are drawn from a dataset; name one, as in --dataset omniglot-vinyals")
@@ -154,8 +152,7 @@ def _samplers(arguments: argparse.Namespace) -> "dict[str, TaskSampler]":
         sampler_args=tuple(arguments.sampler_args),
         dataset_args=tuple(arguments.dataset_args),
     )
-    check(flags)
-    return parts.splits(flags)[1]
+    return parts.splits(checked(flags))[1]
 
 
 def _new(arguments: argparse.Namespace) -> int:
@@ -173,13 +170,12 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     from toolkit import parts
     from toolkit.choose import in_units, survey
-    from toolkit.flags import EpisodeFlags, check, undotted
+    from toolkit.flags import EpisodeFlags, checked
     from toolkit.task import draw
 
     about = "Predicts what a meta-gradient costs by each plan, from a few pieces of the batch, and measures it."
-    flags = tyro.cli(EpisodeFlags, args=undotted(arguments.flags), prog="toolkit plan", description=about)
-    check(flags)
-    flags, learner, tasks = parts.assemble(flags)
+    flags = tyro.cli(EpisodeFlags, args=arguments.flags, prog="toolkit plan", description=about)
+    flags, learner, tasks = parts.assemble(checked(flags))
     batch = draw(tasks.training, flags.tasks, flags.seed)
     print(f"{learner.name}, {flags.tasks} tasks of {flags.sampler} a meta-gradient")
     print(f"{'plan':44} {'predicted s':>12} {'measured s':>12} {'predicted MB':>13} {'measured MB':>13}")

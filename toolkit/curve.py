@@ -1,10 +1,36 @@
 """The adaptation curve: loss and metric of every test task after 0, 1, ..., S inner steps. The first-class result."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from toolkit.intervals import half_width
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and interval over tasks of a measure of any shape, from running sums over its finite values."""
+
+    count: Tensor | int = 0
+    total: Tensor | float = 0.0
+    squares: Tensor | float = 0.0
+
+    def plus(self, values: Tensor) -> "Spread":
+        """With more tasks: `values` of shape (tasks, ...)."""
+        finite, values = values.isfinite(), values.double().nan_to_num(0.0, 0.0, 0.0)
+        return Spread(self.count + finite.sum(0), self.total + values.sum(0), self.squares + values.square().sum(0))
+
+    def mean(self) -> Tensor:
+        """The mean over tasks; NaN where none is finite."""
+        return torch.as_tensor(self.total / self.count)
+
+    def ci95(self) -> Tensor:
+        """Half the 95 % t interval of the mean; NaN with fewer than two tasks."""
+        count = torch.as_tensor(self.count)
+        variance = (torch.as_tensor(self.squares) / count - self.mean().square()) * count / (count - 1)
+        return half_width(count, variance.clamp(min=0).sqrt())
 
 
 @dataclass(frozen=True)
@@ -13,6 +39,8 @@ class Curve:
 
     `metric_name` names what `metric` holds ("accuracy" in [0, 1], or "squared error").
     `task_list_hash` identifies the very tasks: only curves with equal hashes are comparable task by task.
+    `card` holds what else was measured, by name, as means over tasks of shape (steps + 1, ...); `seconds_per_task` is what it
+    took to adapt and judge one. Both are of the evaluation itself, and a curve read from a file has none.
     The statistics are over tasks, never over pooled queries, and take the tasks whose value is finite; say `finite()` beside
     them. Each returns a tensor of shape (steps + 1,), of the metric unless another tensor such as `curve.loss` is given.
     """
@@ -21,6 +49,8 @@ class Curve:
     metric: Tensor
     metric_name: str
     task_list_hash: str = ""
+    card: dict[str, Spread] = field(default_factory=dict)
+    seconds_per_task: float = 0.0
 
     @property
     def steps(self) -> int:
@@ -46,13 +76,19 @@ class Curve:
 
     def ci95(self, values: Tensor | None = None) -> Tensor:
         """Half the width of the 95 % t interval of the mean over tasks; NaN with fewer than two tasks."""
-        from scipy.stats import t
-
         values = self._finite_only(values)
-        n = values.isfinite().sum(0).double()
-        deviation = ((values - values.nanmean(0)).square().nansum(0) / (n - 1)).sqrt()
-        factor = torch.from_numpy(t.ppf(0.975, (n - 1).clamp(min=1).numpy()))
-        return torch.where(n > 1, factor * deviation / n.sqrt(), torch.nan)
+        n = values.isfinite().sum(0)
+        return half_width(n, ((values - values.nanmean(0)).square().nansum(0) / (n - 1)).sqrt())
+
+    def worst(self, share: float = 0.1) -> Tensor:
+        """The mean metric of the worst tasks, by the metric where it is accuracy and by the loss otherwise, at each point."""
+        return self.metric.gather(0, self.worst_tasks(share)).mean(0)
+
+    def worst_tasks(self, share: float = 0.1) -> Tensor:
+        """Which tasks they are, the worst first: numbers of shape (tasks, steps + 1). A value that is not finite is worst."""
+        badness = (-self.metric if self.metric_name == "accuracy" else self.loss).nan_to_num(torch.inf, torch.inf)
+        order: Tensor = torch.sort(badness, dim=0, descending=True, stable=True).indices
+        return order[: max(1, round(share * self.tasks))]
 
     def finite(self) -> Tensor:
         """The fraction of tasks whose loss and metric are finite."""

@@ -1,18 +1,20 @@
 """Evaluation: loss and metric of many fixed tasks after 0, 1, ..., S inner steps."""
 
 import hashlib
-from collections.abc import Callable
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 
 import torch
 from torch import Tensor
 
-from toolkit.curve import Curve
+from toolkit.curve import Curve, Spread
 from toolkit.engine import Runner, exact_attention, in_double, lift_for, precision, runner
 from toolkit.errors import UserError
-from toolkit.learner import Learner, Meta, Score
-from toolkit.metrics import is_of_ways, within
+from toolkit.learner import Learner, Loss, Meta
+from toolkit.metrics import MEASURES, is_of_ways, of_ways, within
 from toolkit.plan import Plan, default_plan
 from toolkit.prefix import features, shortened, with_features
 from toolkit.recorded import Recorder
@@ -34,6 +36,7 @@ def evaluate(
     progress: Callable[[int], object] | None = None,
     permutations: int = 1,
     trace: bool = False,
+    measures: Mapping[str, Loss] | None = None,
 ) -> Curve:
     """The adaptation curve over tasks 0 .. `tasks` - 1 of the stream (`seed`, `split`), the same for every method.
 
@@ -41,7 +44,8 @@ def evaluate(
     does not grow with `tasks`. With `permutations` P > 1 a task's prediction is the mean probability of P
     adaptations, each with the class labels in another order (Ye & Chao 2022); classification only. `progress` is
     called with the number of tasks that were just finished. `trace` records the work where no plan is given, which pays from
-    about a hundred tasks of images on.
+    about a hundred tasks of images on. `measures` are more functions like a metric, of any shape, whose means over tasks become
+    `Curve.card`: by default `metrics.MEASURES` for integer targets, none for others.
     """
     if tasks < 1 or steps < 0 or permutations < 1:
         raise UserError(
@@ -49,18 +53,38 @@ def evaluate(
         )
     device = next(iter(meta.params.values())).device
     # Made at once: small results kept between large tasks would leave memory in pieces.
-    digest, loss, metric = hashlib.sha256(), *torch.empty(2, tasks, steps + 1, dtype=torch.float64)
+    digest, card, spent = hashlib.sha256(), dict[str, Spread](), list[float]()
+    scores = {name: torch.empty(tasks, steps + 1, dtype=torch.float64) for name in ("loss", "metric")}
     for start in range(0, tasks, DRAWN_AT_ONCE):
         drawn = draw(sampler, min(DRAWN_AT_ONCE, tasks - start), seed, start, split)
         fingerprint(drawn, digest)
         drawn = move(drawn, device)
         plan = plan or replace(default_plan(_judged(learner), drawn), trace=trace)
-        scores = judge(learner, plan, steps, permutations)(meta, drawn)
-        for whole, values in zip((loss, metric), zip(*scores, strict=True), strict=True):
-            whole[start : start + count(drawn)] = torch.cat(values)
+        more = measures_of(learner, drawn) if measures is None else tuple(measures.items())
+        began = time.perf_counter()
+        found = judge(learner, plan, steps, permutations, more)(meta, drawn)
+        for name in found[0]:
+            values = torch.cat([piece[name] for piece in found]).cpu()
+            if name in scores:
+                scores[name][start : start + count(drawn)] = values
+            else:
+                card[name] = card.get(name, Spread()).plus(values)
+        spent.append((time.perf_counter() - began) / count(drawn))
         if progress:
             progress(count(drawn))
-    return Curve(loss, metric, learner.metric_name, digest.hexdigest()[:16])
+    # The first tasks also pay for recordings and threads, so the others tell what a task costs.
+    seconds = statistics.median(spent[1:] or spent)
+    return Curve(scores["loss"], scores["metric"], learner.metric_name, digest.hexdigest()[:16], card, seconds)
+
+
+def measures_of(learner: Learner, tasks: Task) -> tuple[tuple[str, Loss], ...]:
+    """What is measured by default beside the loss and the metric of such tasks."""
+    if tasks.query.y.is_floating_point():
+        return ()
+    return tuple((name, _fewer(function) if is_of_ways(learner.loss) else function) for name, function in MEASURES.items())
+
+
+_fewer = cache(of_ways)
 
 
 @lru_cache(maxsize=8)
@@ -69,33 +93,33 @@ def _judged(learner: Learner) -> Learner:
 
 
 @lru_cache(maxsize=8)
-def judge(learner: Learner, plan: Plan, steps: int, permutations: int) -> Callable[[Meta, Task], list[Score]]:
-    """A function of (meta, tasks) -> the scores of their pieces, with its threads and recordings kept for the next call."""
+def judge(
+    learner: Learner, plan: Plan, steps: int, permutations: int, measures: tuple[tuple[str, Loss], ...] = ()
+) -> Callable[[Meta, Task], list[dict[str, Tensor]]]:
+    """A function of (meta, tasks) -> for each piece of them the loss, the metric and the measures by name, of shape (tasks,
+    steps + 1, ...); with its threads and recordings kept for the next call."""
+    judged = {"loss": learner.loss, "metric": learner.metric, **dict(measures)}
 
     @torch.no_grad()
-    def walk(orders: list[Tensor], own: Learner, meta: Meta, piece: Task) -> Score:
-        """Query scores of shape (tasks, steps + 1)."""
-
-        def of_task(meta: Meta, task: Task) -> Score:
+    def walk(orders: list[Tensor], own: Learner, meta: Meta, piece: Task) -> dict[str, Tensor]:
+        def of_task(meta: Meta, task: Task) -> dict[str, Tensor]:
             task = with_features(task, features(own, meta, task))
-            if orders:
-                scores = _averaged(own, meta, task, steps, orders)
-            else:
-                scores = [own.assess(meta, fast, task, k) for k, fast in enumerate(own.path(meta, task.support, steps))]
-            return Score(*(torch.stack(values) for values in zip(*scores, strict=True)))
+            points = _averaged(own, meta, task, steps, orders) if orders else _single(own, meta, task, steps)
+            rows = [[function(prediction, task.query.y) for function in judged.values()] for prediction in points]
+            return {name: torch.stack(values) for name, values in zip(judged, zip(*rows, strict=True), strict=True)}
 
         with precision(plan, piece):
             return lift_for(plan, piece)(of_task, (None, 0))(meta, piece)  # type: ignore[no-any-return]
 
     ready: list[tuple[Learner, Runner, Recorder]] = []
 
-    def score(meta: Meta, tasks: Task) -> list[Score]:
+    def score(meta: Meta, tasks: Task) -> list[dict[str, Tensor]]:
         with exact_attention():
             if not ready:
                 own, one = _judged(learner), take(tasks, slice(0, 1))
                 work = partial(walk, _label_orders(own, meta, take(tasks, 0), permutations))
-                own = shortened(own, meta, take(tasks, 0), steps, lambda each, meta: [work(each, meta, one).loss])
-                recorder = Recorder(work, False, partial(in_double, work), lambda score: score.loss)
+                own = shortened(own, meta, take(tasks, 0), steps, lambda each, meta: [work(each, meta, one)["loss"]])
+                recorder = Recorder(work, False, partial(in_double, work), lambda out: out["loss"])
                 ready.append((own, runner(own, plan), recorder))
                 if plan.records:
                     recorder.prepare(own, meta, next(plan.pieces(tasks)))
@@ -105,23 +129,25 @@ def judge(learner: Learner, plan: Plan, steps: int, permutations: int) -> Callab
     return score
 
 
-def _averaged(learner: Learner, meta: Meta, task: Task, steps: int, orders: list[Tensor]) -> list[Score]:
-    """The scores after 0..`steps` steps of the mean probabilities over label orders. An example without a label stays without,
-    and with a loss `of_ways` a task's classes change places among themselves only."""
+def _single(learner: Learner, meta: Meta, task: Task, steps: int) -> Iterator[Tensor]:
+    """The query predictions after 0..`steps` steps."""
+    for k, fast in enumerate(learner.path(meta, task.support, steps)):
+        yield learner.predict(meta, fast, task.query.x, task.support.x, k)
+
+
+def _averaged(learner: Learner, meta: Meta, task: Task, steps: int, orders: list[Tensor]) -> Iterator[Tensor]:
+    """The logarithms of the mean probabilities over label orders. An example without a label stays without, and with a loss
+    `of_ways` a task's classes change places among themselves only."""
     given, fewer, total = task.support.y, is_of_ways(learner.loss), list[Tensor]()
     for order in orders:
         if fewer:
             beyond = torch.arange(len(order), device=order.device) > given.max()
             order = (order + len(order) * beyond).argsort().argsort()
         y = torch.where(given < 0, given, order[given.clamp(min=0)])
-        shares = []
-        for k, fast in enumerate(learner.path(meta, task.support._replace(y=y), steps)):
-            prediction = learner.predict(meta, fast, task.query.x, task.support.x, k)
-            prediction = within(prediction, given) if fewer else prediction
-            shares.append(prediction.softmax(-1)[:, order] / len(orders))
+        points = _single(learner, meta, task._replace(support=task.support._replace(y=y)), steps)
+        shares = [(within(p, given) if fewer else p).softmax(-1)[:, order] / len(orders) for p in points]
         total = [a + b for a, b in zip(total, shares, strict=True)] if total else shares
-    logs = [share.clamp(min=torch.finfo(share.dtype).tiny).log() for share in total]
-    return [Score(learner.loss(p, task.query.y), learner.metric(p, task.query.y)) for p in logs]
+    return (share.clamp(min=torch.finfo(share.dtype).tiny).log() for share in total)
 
 
 @torch.no_grad()

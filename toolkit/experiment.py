@@ -19,6 +19,8 @@ from tqdm import tqdm
 
 from toolkit import parts, plugins
 from toolkit.backend import backend
+from toolkit.choose import peak
+from toolkit.curve import Curve
 from toolkit.errors import UserError
 from toolkit.evaluate import calibrate, evaluate, predictions
 from toolkit.flags import Flags
@@ -29,24 +31,13 @@ from toolkit.runs import checkpoint
 from toolkit.runs.folder import Run, config_hash, prepare, write_json
 from toolkit.runs.journal import Journal, rates
 from toolkit.runs.loggers import loggers
-from toolkit.runs.summary import code_version, summarise, table
+from toolkit.runs.summary import Outcome, code_version, command, peak_mb, summarise, table
 from toolkit.task import IGNORED, Padded, TaskSampler, draw, move, take
 from toolkit.train import Gradient, NotFinite, Record, State, train
 from toolkit.tree import numel
 
 log = logging.getLogger("toolkit")
 SHOWN_STEPS = (0, 1, 5, 10)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What training leaves: the meta-parameters chosen on validation tasks, where they come from, what it cost, and the plan
-    of its end."""
-
-    best: Meta
-    selected: dict[str, float]
-    seconds: float
-    plan: Plan
 
 
 def run(
@@ -99,11 +90,18 @@ def run(
         judging, seed = parts.judging(flags, outcome.plan), flags.eval_seed
         sizes = flags.eval_tasks, flags.eval_steps, seed, "test"
         trace = outcome.plan.records
-        curve = evaluate(learner, outcome.best, test, *sizes, judging, bar.update, flags.permutations, trace)
+        found: list[Curve] = []
+        held = peak(
+            lambda: found.append(evaluate(learner, outcome.best, test, *sizes, judging, bar.update, flags.permutations, trace)),
+            flags.device,
+        )
+        curve = found[0]
     uses_batch_norm = learner.observe(move(take(draw(test, 1, flags.eval_seed), 0), flags.device).support.x).batch_norm
     write_json(folder / "curve.json", curve.to_json())
     _write_example(folder, flags, learner, outcome.best, test)
-    summary = summarise(config, learner, outcome.plan, curve, outcome.seconds, outcome.selected, chance, git, uses_batch_norm)
+    selection = f"the best on {flags.val_tasks} validation tasks, every {flags.validate_every} iterations"
+    traces = {"selection": selection, "git": git, "command": command(flags, experiment)}
+    summary = summarise(config, learner, curve, outcome, chance, uses_batch_norm, held, traces)
     write_json(folder / "summary.json", summary)
     from toolkit.plots.save import draw_run
 
@@ -198,7 +196,7 @@ def _train(job: Job) -> Outcome:
         except NotFinite as error:
             save()
             raise UserError(f"{error}; everything up to iteration {state.iteration if state else 0} is saved") from None
-    return Outcome(move(best, flags.device), selected, journal.seconds, plan)
+    return Outcome(move(best, flags.device), selected, journal.seconds, plan, peak_mb(flags.device))
 
 
 def _on(device: str, learner: Learner) -> Learner:
@@ -215,7 +213,7 @@ def _validate(job: Job, meta: Meta) -> dict[str, float]:
     flags, judging = job.flags, parts.judging(job.flags, job.plan)
     steps = flags.eval_steps if job.learner.pretrain else job.learner.steps
     sizes, trace = (flags.val_tasks, steps, flags.eval_seed, "val"), job.plan.records
-    curve = evaluate(job.learner, meta, job.validation, *sizes, judging, trace=trace)
+    curve = evaluate(job.learner, meta, job.validation, *sizes, judging, trace=trace, measures={})
     means = {
         "val_loss": curve.mean(curve.loss),
         "val_metric": curve.mean(),

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from toolkit import algorithms, plugins
-from toolkit.errors import UserError, unknown
+from toolkit.arguments import preset, undotted
+from toolkit.errors import UserError
 from toolkit.learner import Learner
 from toolkit.metrics import accuracy, cross_entropy
 from toolkit.rule_line import parse
@@ -88,6 +89,8 @@ class Flags:
     """Iterations between validations; each also writes a checkpoint."""
     eval_tasks: int = 600
     """Test tasks."""
+    protocol: Literal["papers", "claims"] | None = None
+    """Test tasks by purpose, in place of --eval-tasks: papers, 600; claims, 10,000, for differences under half a point."""
     eval_steps: int = 10
     """Inner steps at test time; the curve has a point after each."""
     permutations: int = 1
@@ -162,6 +165,8 @@ class EpisodeFlags(Flags):
 
 
 F = TypeVar("F", bound="DataclassInstance")
+T = TypeVar("T", bound=Flags)
+PROTOCOLS = {"papers": 600, "claims": 10_000}  # test tasks
 
 
 def build(flags: Flags, model: nn.Module, classes: int | None = None, **given: Any) -> Learner:
@@ -217,14 +222,12 @@ def launch(flags_type: type[F], body: Callable[[F], object], presets: dict[str, 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)
     try:
-        default = replace(flags_type(), **_preset(presets, sys.argv[1:]))
+        default = replace(flags_type(), **preset(presets, sys.argv[1:]))
         flags = tyro.cli(flags_type, default=default, description=doc, args=undotted(sys.argv[1:]))
     except UserError as error:
         sys.exit(_say(error))
     try:
-        if isinstance(flags, Flags):
-            check(flags)
-        body(flags)
+        body(checked(flags) if isinstance(flags, Flags) else flags)
     except UserError as error:
         if getattr(flags, "debug", False):
             raise
@@ -235,8 +238,16 @@ def launch(flags_type: type[F], body: Callable[[F], object], presets: dict[str, 
         sys.exit(130)
 
 
-def check(flags: Flags) -> None:
-    """Raises UserError for a number that can never work, and for a device that is not there."""
+def checked(flags: T) -> T:
+    """The flags with the test tasks of their protocol. Raises UserError for a number that can never work, and for a device that
+    is not there."""
+    if flags.protocol:
+        asked = PROTOCOLS[flags.protocol]
+        if flags.eval_tasks not in (type(flags)().eval_tasks, asked):
+            raise UserError(
+                f"--protocol {flags.protocol} means {asked:,} test tasks, but --eval-tasks is {flags.eval_tasks}; give one"
+            )
+        flags = replace(flags, eval_tasks=asked)
     counts = ("tasks", "iterations", "val_tasks", "validate_every", "eval_tasks", "shots", "queries", "eval_queries")
     for name in (
         *counts,
@@ -256,45 +267,9 @@ def check(flags: Flags) -> None:
     except (RuntimeError, AssertionError):
         usable = "cpu, cuda" if torch.cuda.is_available() else "cpu"
         raise UserError(f"--device {flags.device} is not usable here; use one of: {usable}") from None
+    return flags
 
 
 def _say(error: UserError) -> int:
     print(f"error: {error}", file=sys.stderr)
     return 2
-
-
-DOTTED = {"sampler": "--sampler-args", "dataset": "--dataset-args", "model": "--model-args", "algorithm": "--method"}
-
-
-def undotted(arguments: list[str]) -> list[str]:
-    """The arguments with each `--sampler.gap 3` or `--sampler.gap=3` as `gap=3` after `--sampler-args`, and so on."""
-    found: dict[str, list[str]] = {}
-    rest = list[str]()
-    words = iter(arguments)
-    for word in words:
-        place, dot, setting = word.removeprefix("--").partition(".")
-        if not (word.startswith("--") and dot and place in DOTTED):
-            rest.append(word)
-            continue
-        key, equals, value = setting.partition("=")
-        if not equals and (value := next(words, "--")).startswith("--"):
-            raise UserError(f"{word} has no value; write {word} VALUE")
-        found.setdefault(DOTTED[place], []).append(f"{key.replace('-', '_')}={value}")
-    for flag, pairs in found.items():
-        at = rest.index(flag) + 1 if flag in rest else len(rest)
-        rest[at:at] = pairs if flag in rest else [flag, *pairs]
-    return rest
-
-
-def _preset(presets: dict[str, dict[str, Any]], arguments: list[str]) -> dict[str, Any]:
-    name = "default"
-    for i, argument in enumerate(arguments):
-        if argument == "--preset" and i + 1 < len(arguments):
-            name = arguments[i + 1]
-        elif argument.startswith("--preset="):
-            name = argument.removeprefix("--preset=")
-    if name == "default":
-        return {}
-    if name not in presets:
-        raise unknown("preset", name, ["default", *presets])
-    return presets[name] | {"preset": name}

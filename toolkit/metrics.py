@@ -35,6 +35,51 @@ def squared_error(prediction: Tensor, y: Tensor) -> Tensor:
     return (prediction - y).square().mean()
 
 
+def brier(prediction: Tensor, y: Tensor) -> Tensor:
+    """The Brier score, in [0, 2]: the mean squared distance between probabilities and the right class, summed over classes
+    (Brier 1950)."""
+    labelled = (y >= 0).to(prediction.dtype)
+    off = prediction.softmax(-1) - _one_hot(y, prediction.shape[-1], prediction.dtype)
+    return (off.square().sum(-1) * labelled).sum() / labelled.sum().clamp(min=1)
+
+
+def by_class(prediction: Tensor, y: Tensor) -> Tensor:
+    """The accuracy of each class position, shape (classes,); NaN for a class without examples."""
+    classes = _one_hot(y, prediction.shape[-1], prediction.dtype)
+    right = (prediction.argmax(-1) == y).to(prediction.dtype)
+    return right @ classes / classes.sum(0)
+
+
+def reliability(prediction: Tensor, y: Tensor) -> Tensor:
+    """Shape (3, BINS): for each of equally wide bins of confidence the share of examples in it, and the sums over them of
+    confidence and of right answers, by the number of examples. Their means over tasks make the diagram and its error, `ece`."""
+    confidence, chosen = prediction.softmax(-1).max(-1)
+    place = (confidence * BINS).ceil().clamp(1, BINS) - 1
+    bins = (place.unsqueeze(-1) == torch.arange(BINS, device=y.device)) & (y >= 0).unsqueeze(-1)
+    rows = torch.stack([torch.ones_like(confidence), confidence, (chosen == y).to(confidence.dtype)])
+    return rows @ bins.to(confidence.dtype) / (y >= 0).sum().clamp(min=1)
+
+
+def ece(diagram: Tensor) -> Tensor:
+    """The expected calibration error of (..., 3, BINS), means of `reliability`: the gap between confidence and accuracy, over
+    all bins (Guo et al. 2017, equation 3), of all tasks' queries together."""
+    return (diagram[..., 1, :] - diagram[..., 2, :]).abs().sum(-1)
+
+
+def _one_hot(y: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
+    return (y.unsqueeze(-1) == torch.arange(classes, device=y.device)).to(dtype)
+
+
+# What evaluation also measures of classification, beside a learner's loss and metric.
+BINS = 15
+MEASURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "nll": cross_entropy,
+    "brier": brier,
+    "by_class": by_class,
+    "reliability": reliability,
+}
+
+
 def of_ways(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
     """The same loss or metric over classes 0 .. max(y) only: for tasks with fewer classes than the model has outputs.
 

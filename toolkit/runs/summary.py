@@ -1,9 +1,10 @@
 """`summary.json`: a run's result on one page, with all that is needed to trace and repeat it."""
 
 import platform
+import shlex
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,25 +14,39 @@ from torch import Tensor
 
 import toolkit
 from toolkit.curve import Curve
-from toolkit.learner import Learner
+from toolkit.learner import Learner, Meta
+from toolkit.metrics import ece
 from toolkit.norms import TRANSDUCTIVE
 from toolkit.plan import Plan
-from toolkit.runs.folder import config_hash
+from toolkit.runs.folder import NOT_HASHED, config_hash
 from toolkit.tree import numel
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training leaves: the meta-parameters chosen on validation tasks, where they come from, what it cost (seconds, with
+    validation and earlier parts of the run; the most megabytes that the process held), and the plan of its end."""
+
+    best: Meta
+    selected: dict[str, float]
+    seconds: float
+    plan: Plan
+    peak_mb: int
 
 
 def summarise(
     config: dict[str, Any],
     learner: Learner,
-    plan: Plan,
     curve: Curve,
-    seconds: float,
-    selected: dict[str, float],
+    outcome: Outcome,
     chance: float | None,
-    git: str | None,
     uses_batch_norm: bool,
+    evaluation_bytes: int,
+    traces: dict[str, Any],
 ) -> dict[str, Any]:
-    """The content of `summary.json`. `seconds` is the training time, validation and earlier parts of the run included."""
+    """The content of `summary.json`. `evaluation_bytes` is what evaluation held at most beyond what was held before; `traces`
+    leads back to the run: how its checkpoint was selected, its code, the command that repeats it."""
+    seconds = outcome.seconds
     params, learned, _ = learner.init()
     policy = learner.batch_norm if uses_batch_norm else "no batch norm"
     test = {
@@ -45,12 +60,14 @@ def summarise(
         "q95": _plain(curve.quantile(0.95)),
         "loss": _plain(curve.mean(curve.loss)),
         "finite": _plain(curve.finite()),
+        "worst_tenth": _plain(curve.worst()),
     }
     cost = {
         "seconds": round(seconds, 1),
         "seconds_per_iteration": round(seconds / config["iterations"], 6),
         "tasks_per_second": round(config["iterations"] * config["tasks"] / seconds, 1) if seconds else None,
-        "peak_mb": _peak_mb(config["device"]),
+        "peak_mb": outcome.peak_mb,
+        "evaluation_mb": round(evaluation_bytes / 2**20, 1),
         "parameters": numel(params),
         "adapted_parameters": numel(learner.adapted(params)),
         "learned_numbers": numel(learned),
@@ -63,19 +80,49 @@ def summarise(
         "inner_steps": learner.steps,
         "chance": chance,
         "test": test,
-        "selected": selected,
+        "card": card(curve, min(learner.steps, curve.steps)),
+        "selected": outcome.selected,
         "cost": cost,
-        "plan": asdict(plan),
+        "plan": asdict(outcome.plan),
         "batch_norm": policy,
         "transductive": policy in TRANSDUCTIVE,
         "versions": _versions(),
         "config_hash": config_hash(config),
         "task_list_hash": curve.task_list_hash,
-        "git": git,
+        **traces,
     }
 
 
-def _peak_mb(device: str) -> int:
+def card(curve: Curve, trained: int) -> dict[str, Any]:
+    """What else evaluation measured, for every number of steps: means over tasks, the intervals of those that are one number,
+    the calibration error of all queries together; and which tasks are the worst after the steps of training."""
+    found: dict[str, Any] = {}
+    for name, spread in curve.card.items():
+        found[name] = _plain(spread.mean())
+        if spread.mean().dim() == 1:
+            found[f"{name}_ci95"] = _plain(spread.ci95())
+        if name == "reliability":
+            found["ece"] = _plain(ece(spread.mean()))
+    worst = [int(task) for task in curve.worst_tasks()[:, trained]]
+    return found | {"worst_tasks": worst, "seconds_per_task": round(curve.seconds_per_task, 6)}
+
+
+def command(flags: Any, experiment: str) -> str:
+    """The command line that repeats a run: every flag that is not the experiment's default and can change its numbers."""
+    words = ["python", f"experiments/{experiment}.py"]
+    for field in fields(flags):
+        value, default = getattr(flags, field.name), getattr(type(flags)(), field.name)
+        flag = field.name.replace("_", "-")
+        if value == default or field.name in NOT_HASHED:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return shlex.join(words)
+
+
+def peak_mb(device: str) -> int:
     """The most memory held so far: by the process on a CPU, by tensors on a GPU."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) // 2**20
@@ -85,7 +132,10 @@ def _peak_mb(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
 
 
-def _plain(values: Tensor) -> list[float | None]:
+def _plain(values: Tensor) -> list[Any]:
+    """Nested lists of numbers as the tensor is shaped; None for what is not finite."""
+    if values.dim() > 1:
+        return [_plain(row) for row in values]
     return [round(v, 6) if v - v == 0 else None for v in values.tolist()]
 
 
@@ -130,7 +180,20 @@ def table(summary: dict[str, Any]) -> str:
             f"{step:>5} {cells[0]:>8} {'±' + cells[1]:>8} {cells[2]:>8} {_number(test['loss'][i], False):>8} "
             f"{test['finite'][i]:>7.1%}{mark}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, _card_line(summary)])
+
+
+def _card_line(summary: dict[str, Any]) -> str:
+    """The rest of the evaluation card on a line, after the steps of training."""
+    k, card, percent = min(summary["inner_steps"], len(summary["test"]["steps"]) - 1), summary["card"], "ece" in summary["card"]
+    said = [f"after {k} step{'s' * (k != 1)}:"]
+    if percent:
+        said += [f"NLL {card['nll'][k]:.3f}, Brier {card['brier'][k]:.3f}, calibration error {100 * card['ece'][k]:.1f}%,"]
+    worst = _number(summary["test"]["worst_tenth"][k], summary["test"]["metric"] == "accuracy")
+    policy = f"batch norm {summary['batch_norm']}{' (transductive)' if summary['transductive'] else ''}"
+    policy = summary["batch_norm"] if summary["batch_norm"].startswith("no ") else policy
+    said += [f"worst tenth of tasks {worst}, {1000 * card['seconds_per_task']:.3g} ms a task,", policy]
+    return " ".join(said)
 
 
 def _number(value: float | None, percent: bool) -> str:
