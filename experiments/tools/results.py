@@ -1,0 +1,110 @@
+"""Runs what the tables in results/tables/*.json want and results/reference/ does not hold yet; `make results`.
+
+    python -m experiments.tools.results --data-root data
+
+A row with `seeds` has one run per seed, in FOLDER-seed0, FOLDER-seed1, ...; the first seeds of all rows come first. Each run is its
+row's command with one thread. Stopped by Ctrl-C or worse, the same command goes on where it was. A run that fails is named at the
+end, and the others go on.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from toolkit.errors import UserError
+from toolkit.flags import launch
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Fill results/reference/ with the runs of all tables."""
+
+    data_root: Path = Path("data")
+    """Folder of the data sets."""
+    jobs: int = 2
+    """Runs at a time, each with one thread."""
+    match: str = ""
+    """Runs to make: those with this in the name of their folder."""
+    out: Path = ROOT / "results" / "reference"
+    """Where the run folders go."""
+
+
+class Wanted(NamedTuple):
+    """A run of a table: the name of its folder, and its command line after `python`."""
+
+    folder: str
+    words: tuple[str, ...]
+
+
+def wanted(config: Config) -> list[Wanted]:
+    """The runs of all tables, the first seeds of all rows first."""
+    rows = [
+        row for table in sorted((ROOT / "results" / "tables").glob("*.json")) for row in json.loads(table.read_text())["rows"]
+    ]
+    found = []
+    for seed in range(max(row["seeds"] or 1 for row in rows)):
+        for row in rows:
+            if seed >= (row["seeds"] or 1):
+                continue
+            _, *words = shlex.split(row["command"])
+            if "--data-root" in words:
+                words[words.index("--data-root") + 1] = str(config.data_root)
+            own = ("--seed", str(seed)) if row["seeds"] else ()
+            found.append(Wanted(row["folder"] + (f"-seed{seed}" if own else ""), (*words, *own)))
+    return [each for each in found if config.match in each.folder]
+
+
+def main(config: Config) -> None:
+    if config.jobs < 1:
+        raise UserError(f"--jobs is {config.jobs}; give 1 or more")
+    runs = wanted(config)
+    if not runs:
+        raise UserError(f"no run of the tables has {config.match!r} in its name; leave --match out to make all")
+    missing = [run for run in runs if not (config.out / run.folder / "summary.json").exists()]
+    failed: list[str] = []
+    stop = threading.Event()
+
+    def make(run: Wanted, bar: "tqdm[object]") -> None:
+        if stop.is_set():
+            return
+        bar.write(f"{run.folder}: begins")
+        log, folder = config.out / f"{run.folder}.log", config.out / run.folder
+        with log.open("w") as out:
+            command = [sys.executable, *run.words, "--out", str(folder), "--resume"]
+            done = subprocess.run(command, cwd=ROOT, stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        if done.returncode:
+            failed.append(f"{run.folder} (its last words are in {log})")
+            bar.write(f"{run.folder}: failed")
+            return
+        log.unlink()
+        summary = json.loads((folder / "summary.json").read_text())
+        test, k = summary["test"], summary["inner_steps"]
+        bar.write(
+            f"{run.folder}: {test['metric']} {test['mean'][k]:.4f} after {summary['cost']['seconds'] / 60:.1f} min of training"
+        )
+        bar.update()
+
+    with tqdm(total=len(runs), initial=len(runs) - len(missing), desc="results", unit="run") as bar:
+        pool = ThreadPoolExecutor(config.jobs)
+        try:
+            list(pool.map(lambda run: make(run, bar), missing))
+        except KeyboardInterrupt:
+            stop.set()
+            raise
+    if failed:
+        raise UserError(f"{len(failed)} of {len(missing)} runs failed: {'; '.join(failed)}; mend the cause and start again")
+
+
+if __name__ == "__main__":
+    launch(Config, main, {}, __doc__ or "")
