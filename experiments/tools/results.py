@@ -2,9 +2,9 @@
 
     python -m experiments.tools.results --data-root data
 
-A row with `seeds` has one run per seed, in FOLDER-seed0, FOLDER-seed1, ...; the first seeds of all rows come first. Each run is its
-row's command with one thread. Stopped by Ctrl-C or worse, the same command goes on where it was. A run that fails is named at the
-end, and the others go on.
+A row with `seeds` has one run per seed, in FOLDER-seed0, FOLDER-seed1, ...; the first seeds of all rows come first. Each run is
+its row's command with one thread. Stopped by Ctrl-C or worse, the same command goes on where it was. A run that fails is named
+at the end, and the others go on.
 """
 
 import json
