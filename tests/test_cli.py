@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from toolkit import UserError, cli, plugins
+from toolkit import UserError, cli, commands, plugins
 from toolkit.plugins import Plugin
 
 ROOT = Path(__file__).parent.parent
@@ -103,12 +103,12 @@ def test_a_table_is_aligned_and_loses_nothing(width: int) -> None:
         Plugin("samplers", "a", "one two three four five six seven eight nine ten eleven", "me 1"),
         Plugin("samplers", "longer", "", "somebody-else 2.0"),
     ]
-    lines = cli.table(rows, width).splitlines()
+    lines = commands.columns(rows, width).splitlines()
     middle = max(24, width - 6 - 17 - 4)
     assert lines[0][:8] == "a       " and lines[0][8 + middle :] == "  me 1"
     assert lines[-1] == f"longer  {'':{middle}}  somebody-else 2.0"
     assert " ".join(line[8 : 8 + middle].strip() for line in lines[:-1]) == rows[0].line
-    assert cli.table([], width) == ""
+    assert commands.columns([], width) == ""
 
 
 def test_a_sound_sampler_gives_a_report_for_each_split_and_exit_code_0(

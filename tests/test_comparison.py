@@ -23,7 +23,7 @@ from toolkit.algorithms import METHODS
 from toolkit.flags import build, checked, launch
 from toolkit.metrics import squared_error
 from toolkit.models import conv4_32, mlp
-from toolkit.runs.comparison import difference, entries, rows, table
+from toolkit.runs.comparison import comparison, difference, entries, grouped, rows, table
 from toolkit.runs.folder import Run
 
 NAN = float("nan")
@@ -40,7 +40,7 @@ def made(folder: Path, metric: Sequence[Sequence[float]], steps: int = 1, name: 
         "inner_steps": steps, "transductive": False, "chance": 0.2 if name == "accuracy" else None,
         "test": {"tasks": len(values)}, "cost": cost | changed.pop("cost", {}),
     }  # fmt: skip
-    config = {"inner_lr": 0.4, "iterations": changed.pop("iterations", 7)}
+    config = {"inner_lr": 0.4, "iterations": changed.pop("iterations", 7), "seed": changed.pop("seed", 0)}
     contents = {"curve": curve, "summary": summary | changed, "config": config}
     for file, content in contents.items():
         (folder / f"{file}.json").write_text(json.dumps(content))
@@ -82,17 +82,88 @@ def test_the_difference_is_paired_task_by_task_with_a_t_interval(tmp_path: Path)
     noise = torch.rand(12, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     base = made(tmp_path / "maml", noise.tolist(), steps=1)
     better = noise + torch.linspace(0, 0.3, 12, dtype=torch.float64)[:, None]
-    seeds = [made(tmp_path / f"b{i}", (better + shift).tolist(), steps=2) for i, shift in enumerate((-0.01, 0.01))]
+    other = made(tmp_path / "other", better.tolist(), steps=2)
     gap = (better[:, 2] - noise[:, 1]).numpy()  # each at its own steps
     low, high = stats.ttest_1samp(gap, 0).confidence_interval(0.95)
-    maml, other = entries({"maml": [base], "other": seeds})
-    assert difference(other, maml) == pytest.approx((gap.mean(), (high - low) / 2), rel=1e-9)
-    assert difference(maml, maml) == (0, 0)
-    found = {row["method"]: row for row in rows({"maml": [base], "other": seeds})}
-    assert found["maml"]["difference"] is None and tuple(found["other"]["difference"]) == difference(other, maml)
-    assert rows({"other": seeds})[0]["difference"] is None
-    based = {row["method"]: row for row in rows({"maml": [base], "other": seeds}, base="other")}
+    first, second = entries({"maml": [base], "other": [other]})
+    assert difference(second, first)[:2] == pytest.approx((gap.mean(), (high - low) / 2), rel=1e-9)
+    assert difference(second, first, step=3).mean == pytest.approx(float((better - noise)[:, 3].mean()))
+    found = {row["method"]: row for row in rows({"maml": [base], "other": [other]})}
+    assert found["maml"]["difference"] is None
+    assert found["other"]["difference"] == list(difference(second, first)[:2])
+    assert rows({"other": [other]})[0]["difference"] is None
+    based = {row["method"]: row for row in rows({"maml": [base], "other": [other]}, base="other")}
     assert based["maml"]["difference"] == pytest.approx((-gap.mean(), (high - low) / 2), rel=1e-9)
+
+
+def test_seeds_are_paired_and_their_spread_counts(tmp_path: Path) -> None:
+    noise = torch.rand(2, 12, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shifts = torch.tensor([0.1, 0.3])[:, None, None]
+    base = [made(tmp_path / f"a{s}", noise[s].tolist(), seed=s) for s in (0, 1)]
+    other = [made(tmp_path / f"b{s}", (noise + shifts)[s].tolist(), seed=s) for s in (0, 1)]
+    first, second = entries({"a": base, "b": other})
+    found = difference(second, first)
+    assert found.mean == pytest.approx(0.2) and found.ci95 == pytest.approx(0.1 * stats.t.ppf(0.975, 1)) and not found.clear
+    lone = entries({"a": base, "b": other[:1]})
+    with pytest.raises(UserError, match="b was trained with seeds 0 and a with 0, 1; give the same seeds of both"):
+        difference(lone[1], lone[0])
+
+
+def method(folder: Path, algorithm: str, values: list[list[float]], seed: int = 0, **changed: Any) -> Run:
+    run = made(folder, values, seed=seed, algorithm=algorithm, **changed)
+    config = json.loads((folder / "config.json").read_text()) | {"algorithm": algorithm, "out": str(folder)}
+    (folder / "config.json").write_text(json.dumps(config))
+    return Run(run.path)
+
+
+def test_runs_that_differ_in_their_seed_only_belong_together(tmp_path: Path) -> None:
+    flat = [[0.1, 0.2], [0.2, 0.4]]
+    runs = [
+        method(tmp_path / "m1", "maml", flat, 1),
+        method(tmp_path / "a0", "anil", flat),
+        method(tmp_path / "m0", "maml", flat),
+    ]
+    assert {name: [run.path.name for run in group] for name, group in grouped(runs).items()} == {
+        "maml": ["m0", "m1"],
+        "anil": ["a0"],
+    }
+    longer = method(tmp_path / "long", "maml", flat, iterations=99)
+    assert list(grouped([*runs, longer])) == ["maml (m0)", "anil", "maml (long)"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "shift", "said"),
+    [
+        ("accuracy", 0.1, "better"), ("accuracy", -0.1, "worse"), ("squared error", 0.1, "worse"),
+        ("squared error", -0.1, "better"), ("accuracy", 0.0, "no difference shown"),
+    ],
+)  # fmt: skip
+def test_better_only_where_the_interval_excludes_zero(tmp_path: Path, metric: str, shift: float, said: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, noise = 0.5 + 0.1 * torch.rand(2, 30, 2, generator=generator, dtype=torch.float64)
+    b = a + shift + 0.1 * (noise - noise.mean(0))
+    runs = [method(tmp_path / "a", "maml", a.tolist(), name=metric), method(tmp_path / "b", "anil", b.tolist(), name=metric)]
+    text = comparison(entries(grouped(runs)))
+    (line,) = [line for line in text.splitlines() if line.startswith("anil")]
+    found = difference(*reversed(entries(grouped(runs))))
+    number = f"{100 * found.mean:+.2f}" if metric == "accuracy" else f"{found.mean:+.3f}"
+    assert line.endswith(said) and (not shift or number in line) and f"{found.wins}, 0, {found.losses}" in line
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"tasks": "those"}, "2 different lists of tasks; give them the same --eval-seed"),
+        ({"name": "squared error"}, "different metrics \\(accuracy, squared error\\)"),
+    ],
+)
+def test_what_cannot_be_compared(tmp_path: Path, changed: dict[str, Any], said: str) -> None:
+    flat = [[0.1, 0.2], [0.2, 0.4]]
+    runs = [method(tmp_path / "a", "maml", flat), method(tmp_path / "b", "anil", flat, **changed)]
+    with pytest.raises(UserError, match=said):
+        entries(grouped(runs))
+    with pytest.raises(UserError, match="maml was tested for 1 inner steps, not 5; choose among 0 to 1"):
+        comparison(entries(grouped(runs[:1])), 5)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +223,8 @@ def test_the_table_of_accuracy_is_in_percent(tmp_path: Path) -> None:
         "`maml`", f"20.00 ± {half}", f"50.50 ± {half}", f"50.50 ± {half} (1)", f"60.00 ± {half}", "-", "0.71",
         "10 s", "300", "1,020", "500", "no",
     ]  # fmt: skip
-    assert cells(text, "anil")[5:10] == ["+9.50 ± 0.00", "0.00", "61 s", "300", "123,476"]
+    seeds = f"{100 * stats.t.ppf(0.975, 1) * 0.005:.2f}"  # the differences of the two seeds, 0.1 and 0.09
+    assert cells(text, "anil")[5:10] == [f"+9.50 ± {seeds}", "0.00", "61 s", "300", "123,476"]
     assert cells(text, "protonet")[3] == f"40.00 ± {half} (0)" and cells(text, "protonet")[5].startswith("-10.50 ± ")
     assert cells(text, "protonet")[-1] == "yes"
 

@@ -21,12 +21,16 @@ LAYERS = [
     ["engine"],
     ["choose"],
     ["algorithms", "train", "evaluate"],
-    ["backend", "mixture"],
+    ["backend", "mixture", "diagnosis", "health"],
     ["runs"],
-    ["plots"],
+    ["plots", "report"],
     ["flags"],
     ["parts", "templates"],
-    ["experiment", "cli"],
+    ["testing"],
+    ["experiment"],
+    ["again"],
+    ["commands"],
+    ["cli"],
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
@@ -19,25 +20,22 @@ from tqdm import tqdm
 
 from toolkit import parts, plugins
 from toolkit.backend import backend
-from toolkit.choose import peak
-from toolkit.curve import Curve
 from toolkit.errors import UserError
-from toolkit.evaluate import calibrate, evaluate, predictions
+from toolkit.evaluate import calibrate, evaluate
 from toolkit.flags import Flags
 from toolkit.learner import Learner, Meta
-from toolkit.metrics import is_of_ways
 from toolkit.plan import Plan
 from toolkit.runs import checkpoint
 from toolkit.runs.folder import Run, config_hash, prepare, write_json
 from toolkit.runs.journal import Journal, rates
 from toolkit.runs.loggers import loggers
-from toolkit.runs.summary import Outcome, code_version, command, peak_mb, summarise, table
-from toolkit.task import IGNORED, Padded, TaskSampler, draw, move, take
+from toolkit.runs.summary import Outcome, code_version, command, peak_mb, table
+from toolkit.task import TaskSampler, draw, move, take
+from toolkit.testing import judged
 from toolkit.train import Gradient, NotFinite, Record, State, train
 from toolkit.tree import numel
 
 log = logging.getLogger("toolkit")
-SHOWN_STEPS = (0, 1, 5, 10)
 
 
 def run(
@@ -57,17 +55,15 @@ def run(
     step, saves, says how to resume and exits.
     """
     git = code_version()  # now: the files may change while the run goes on
-    config = {"experiment": experiment} | {k: str(v) if isinstance(v, Path) else v for k, v in asdict(flags).items()}
-    if "batch_norm" in config:
-        config["batch_norm"] = learner.batch_norm
-    learner = _on(flags.device, learner)
+    config = configuration(flags, experiment, learner)
+    learner = on_device(flags.device, learner)
     trainee, source = learner, training
     if learner.pretrain:
         if pretraining is None:
             raise UserError(
                 f"{learner.name} pretrains on all training classes, but this experiment has none; use another method"
             )
-        trainee, source = _on(flags.device, learner.pretrain), pretraining
+        trainee, source = on_device(flags.device, learner.pretrain), pretraining
     for each, sampler in ((learner, training), (trainee, source)):
         task = take(draw(sampler, 1, flags.seed), 0)
         each.rehearse(move(task, flags.device))
@@ -86,29 +82,20 @@ def run(
     log.info("%s on %s, %s%s", learner.name, flags.sampler, _describe(learner, plan), by)
     job = Job(flags, folder, learner, trainee, training, source, validation, plan, gradient, config_hash(config))
     outcome = _train(job)
-    with tqdm(total=flags.eval_tasks, desc="test", unit="task") as bar:
-        judging, seed = parts.judging(flags, outcome.plan), flags.eval_seed
-        sizes = flags.eval_tasks, flags.eval_steps, seed, "test"
-        trace = outcome.plan.records
-        found: list[Curve] = []
-        held = peak(
-            lambda: found.append(evaluate(learner, outcome.best, test, *sizes, judging, bar.update, flags.permutations, trace)),
-            flags.device,
-        )
-        curve = found[0]
-    uses_batch_norm = learner.observe(move(take(draw(test, 1, flags.eval_seed), 0), flags.device).support.x).batch_norm
-    write_json(folder / "curve.json", curve.to_json())
-    _write_example(folder, flags, learner, outcome.best, test)
-    selection = f"the best on {flags.val_tasks} validation tasks, every {flags.validate_every} iterations"
-    traces = {"selection": selection, "git": git, "command": command(flags, experiment)}
-    summary = summarise(config, learner, curve, outcome, chance, uses_batch_norm, held, traces)
-    write_json(folder / "summary.json", summary)
+    traces = {"git": git, "command": command(flags, experiment)}
+    summary = judged(folder, flags, config, learner, outcome, test, chance, traces)
     from toolkit.plots.save import draw_run
 
     draw_run(folder)
     print(table(summary))
     print(f"run folder: {folder} (summary.json, curve.json, adaptation.png, training.png, ...)")
     return finished
+
+
+def configuration(flags: Flags, experiment: str, learner: Learner | None = None) -> dict[str, Any]:
+    """The content of config.json: all flags, with the batch-norm policy that the learner settled on."""
+    config = {"experiment": experiment} | {k: str(v) if isinstance(v, Path) else v for k, v in asdict(flags).items()}
+    return config | ({"batch_norm": learner.batch_norm} if learner and "batch_norm" in config else {})
 
 
 def _describe(learner: Learner, plan: Plan) -> str:
@@ -199,7 +186,8 @@ def _train(job: Job) -> Outcome:
     return Outcome(move(best, flags.device), selected, journal.seconds, plan, peak_mb(flags.device))
 
 
-def _on(device: str, learner: Learner) -> Learner:
+def on_device(device: str, learner: Learner) -> Learner:
+    """The learner with its model on a device; a copy where that is not the CPU."""
     return learner if device == "cpu" else replace(learner, model=copy.deepcopy(learner.model).to(device))
 
 
@@ -255,23 +243,3 @@ def _stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _write_example(folder: Path, flags: Flags, learner: Learner, meta: Meta, test: TaskSampler) -> None:
-    """One test task with the predictions after some numbers of steps, for the picture of a task: what has a label of it."""
-    from safetensors.torch import save_file
-
-    task = take(draw(test, 1, flags.eval_seed, split="test"), 0)
-    steps = tuple(sorted({k for k in (*SHOWN_STEPS, learner.steps) if k <= max(flags.eval_steps, learner.steps)}))
-    if isinstance(task.support.x, dict) or isinstance(task.query.x, dict):
-        return  # inputs with several parts have no picture
-    predicted = predictions(learner, meta, move(task, flags.device), steps)
-    tensors: dict[str, torch.Tensor] = {"steps": torch.tensor(steps)}
-    for name, (x, y) in zip(("support", "query"), task, strict=True):
-        shown = (y != IGNORED).view(len(y), -1).all(1)
-        images = x.x if isinstance(x, Padded) else x
-        assert isinstance(images, torch.Tensor)
-        tensors |= {f"{name}_x": images[shown], f"{name}_y": y[shown]}
-    outputs = int(tensors["query_y"].max()) + 1 if is_of_ways(learner.metric) else None
-    tensors["predictions"] = predicted[:, shown, :outputs]  # the query set's, which came last
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "example.safetensors")

@@ -3,7 +3,7 @@
 import copy
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
@@ -188,21 +188,30 @@ def _model(flags: F, tasks: Task, outputs: int) -> tuple[F, nn.Module]:
         log.info("%s takes %s, and these tasks have %s of shape %s: --model %s", flags.model, wanted, kind, inputs, fitting)
         flags = replace(flags, model=fitting)
         target = plugins.resolve(fitting, "models")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(flags.seed)  # for models that take no seed
-        arguments = plugins.settings(flags.model_args, "--model", target)
-        network = plugins.call(target, given, arguments, f"the model {flags.model}")
-    if not isinstance(network, nn.Module):
-        raise UserError(f"the model {flags.model} made a {type(network).__name__}; a model is an nn.Module, or makes one")
+    made = network(flags.model, given, flags.model_args)
     if kind == "feature numbers":
         largest = max(int(batch.x.max()) for batch in tasks if isinstance(batch.x, torch.Tensor))
-        for table in (module for module in network.modules() if isinstance(module, nn.Embedding)):
+        for table in (module for module in made.modules() if isinstance(module, nn.Embedding)):
             if largest >= table.num_embeddings:
                 raise UserError(
                     f"the model {flags.model} knows feature numbers below {table.num_embeddings}, but these tasks have "
                     f"{largest}; give it more, as in --model.features 8192"
                 )
-    return flags, network
+    return flags, made
+
+
+def network(name: str, given: dict[str, Any], pairs: Sequence[str] = ()) -> nn.Module:
+    """The model of a name: a copy of the module that it stands for, or what it makes of those of the `given` things that it
+    takes (`inputs`, `outputs`, `ways`, `channels`, `size`, `seed`) and its settings. Raises UserError for what is no model."""
+    target = plugins.resolve(name, "models")
+    if isinstance(target, nn.Module):
+        return copy.deepcopy(target)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(given["seed"])  # for models that take no seed
+        made = plugins.call(target, given, plugins.settings(pairs, "--model", target), f"the model {name}")
+    if not isinstance(made, nn.Module):
+        raise UserError(f"the model {name} made a {type(made).__name__}; a model is an nn.Module, or makes one")
+    return made
 
 
 def plan(flags: Flags, learner: Learner, training: TaskSampler) -> Plan:

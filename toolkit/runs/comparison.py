@@ -10,7 +10,8 @@ from torch import Tensor
 
 from toolkit.curve import Curve
 from toolkit.errors import UserError
-from toolkit.runs.folder import Run
+from toolkit.intervals import Difference, paired
+from toolkit.runs.folder import NOT_HASHED, Run
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,25 @@ class Entry:
         moves = not torch.equal(*(self.curve.metric[:, k].nan_to_num() for k in (0, -1)))
         return self.curve.steps if steps == 0 and moves else steps
 
+    @property
+    def seeds(self) -> list[int]:
+        """The training seed of each run."""
+        return [int(run.config["seed"]) for run in self.runs]
+
+    def values(self, step: int | None = None) -> Tensor:
+        """The metric after `step` inner steps (those of training by default), shape (seeds, tasks)."""
+        k = self.trained_steps if step is None else step
+        if k > self.curve.steps:
+            raise UserError(
+                f"{self.method} was tested for {self.curve.steps} inner steps, not {k}; choose among 0 to {self.curve.steps}"
+            )
+        return torch.stack([run.curve.metric[:, k] for run in self.runs])
+
+    def mean(self, step: int | None = None) -> tuple[float, float]:
+        """The mean over seeds and tasks and half its 95 % interval, which is of the method where there are several seeds."""
+        values = self.values(step)
+        return paired(values, torch.zeros_like(values))[:2]
+
     def spread(self) -> float | None:
         """The standard deviation over seeds of the result; None for one seed."""
         results = torch.tensor([run.curve.mean()[self.trained_steps] for run in self.runs])
@@ -39,13 +59,32 @@ class Entry:
         return sum(float(run.summary["cost"][key]) for run in self.runs) / len(self.runs)
 
 
+def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs by method: those that differ in their seed only belong together. A method is called by its algorithm where that
+    tells it from the others, else by its first folder."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        kept = {key: value for key, value in run.config.items() if key not in (*NOT_HASHED, "seed")}
+        found.setdefault(str(sorted(kept.items(), key=str)), []).append(run)
+    groups = [sorted(group, key=lambda run: int(run.config["seed"])) for group in found.values()]
+    names = [str(group[0].summary["algorithm"]) for group in groups]
+    return {
+        name if names.count(name) == 1 else f"{name} ({group[0].path.resolve().name})": group
+        for name, group in zip(names, groups, strict=True)
+    }
+
+
 def entries(runs: Mapping[str, Sequence[Run]]) -> list[Entry]:
-    """One entry per method. Raises UserError unless all runs were tested on the same tasks."""
+    """One entry per method. Raises UserError unless all runs were tested on the same tasks, by the same metric."""
     hashes = {run.curve.task_list_hash for group in runs.values() for run in group}
     if len(hashes) != 1:
         raise UserError(
-            f"the runs were tested on {len(hashes)} different lists of tasks; give them the same --eval-seed and size"
+            f"the runs were tested on {len(hashes)} different lists of tasks; give them the same --eval-seed and size, or test "
+            "them anew on one list by `toolkit evaluate`"
         )
+    metrics = {run.curve.metric_name for group in runs.values() for run in group}
+    if len(metrics) != 1:
+        raise UserError(f"the runs have different metrics ({', '.join(sorted(metrics))}); compare those of one metric")
     made = []
     for method, group in runs.items():
         curves = [run.curve for run in group]
@@ -54,11 +93,51 @@ def entries(runs: Mapping[str, Sequence[Run]]) -> list[Entry]:
     return made
 
 
-def difference(entry: Entry, base: Entry) -> tuple[float, float]:
-    """The mean over tasks of (entry - base), each at its trained steps, and half its 95 % interval: paired, task by task."""
-    gap: Tensor = entry.curve.metric[:, entry.trained_steps] - base.curve.metric[:, base.trained_steps]
-    paired = Curve(gap[:, None], gap[:, None], "difference")
-    return float(paired.mean()[0]), float(paired.ci95()[0])
+def difference(entry: Entry, base: Entry, step: int | None = None) -> Difference:
+    """Entry minus base on the same tasks, each at its trained steps or at `step`; seed by seed where both have several.
+
+    Raises UserError when they have different seeds."""
+    if sorted(entry.seeds) != sorted(base.seeds):
+        raise UserError(
+            f"{entry.method} was trained with seeds {_listed(entry.seeds)} and {base.method} with {_listed(base.seeds)}; give "
+            "the same seeds of both"
+        )
+    return paired(entry.values(step), base.values(step))
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))
+
+
+def verdict(found: Difference, metric_name: str) -> str:
+    """In words: better or worse only where the interval excludes 0; accuracy is better when larger, an error when smaller."""
+    if not found.clear:
+        return "no difference shown"
+    return "better" if (found.mean > 0) == (metric_name == "accuracy") else "worse"
+
+
+def comparison(made: Sequence[Entry], step: int | None = None) -> str:
+    """Every method against the first as text, a line each."""
+    base, name = made[0], made[0].curve.metric_name
+    percent = name == "accuracy"
+    width = max(len(entry.method) for entry in made)
+    where = "as trained" if step is None else f"after {step} step{'s' * (step != 1)}"
+    lines = [
+        f"{name}{' (%)' * percent} {where} on the same {base.curve.tasks} tasks, minus {base.method}",
+        f"{'method':{width}}  seeds  {'mean':>17}  {'difference':>19}  {'won, tied, lost':>17}  sign test",
+    ]
+    for entry in made:
+        line = f"{entry.method:{width}}  {len(entry.seeds):>5}  {_pair(*entry.mean(step), percent):>17}"
+        if entry is not base:
+            found = difference(entry, base, step)
+            score = f"{found.wins}, {found.ties}, {found.losses}"
+            gap = _pair(found.mean, found.ci95, percent, signed=True)
+            line += f"  {gap:>19}  {score:>17}  p = {found.p_sign:<7.2g}  {verdict(found, name)}"
+            line += f" ({found.lost} tasks without a finite value left out)" if found.lost else ""
+        lines.append(line)
+    seeds = max(len(entry.seeds) for entry in made)
+    basis = "of these trained models, over tasks" if seeds == 1 else "of the methods, over training seeds and tasks"
+    return "\n".join([*lines, f"± half the 95 % interval {basis}"])
 
 
 def rows(runs: Mapping[str, Sequence[Run]], base: str = "maml") -> list[dict[str, Any]]:
@@ -79,7 +158,7 @@ def rows(runs: Mapping[str, Sequence[Run]], base: str = "maml") -> list[dict[str
             "median": _plain(entry.curve.median()),
             "finite": _plain(entry.curve.finite()),
             "spread": _finite(entry.spread()),
-            "difference": [_finite(v) for v in difference(entry, by_name[base])]
+            "difference": [_finite(v) for v in difference(entry, by_name[base])[:2]]
             if base in by_name and entry.method != base
             else None,
             "seconds": round(entry.cost("seconds"), 1),
@@ -130,6 +209,9 @@ def _cell(row: dict[str, Any], k: int, percent: bool) -> str:
 
 
 def _pair(mean: float, half: float | None, percent: bool, signed: bool = False) -> str:
+    if not math.isfinite(mean):
+        return "not finite"
+    half = _finite(half)
     sign = "+" if signed and mean > 0 else ""
     return f"{sign}{_number(mean, percent)} ± {'?' if half is None else _number(half, percent)}"
 

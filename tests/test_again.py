@@ -1,0 +1,191 @@
+"""A finished run opened again: other tasks, an exact repetition, a task's picture, and what cannot be done in one sentence."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from experiments import omniglot, quickstart, sinusoid
+from toolkit import UserError, evaluate, parts
+from toolkit.again import differences, evaluated, repeated, shown
+from toolkit.flags import EpisodeFlags, Flags
+from toolkit.runs import checkpoint
+from toolkit.runs.folder import Run
+
+SHORT: dict[str, Any] = {
+    "iterations": 4, "validate_every": 2, "tasks": 3, "val_tasks": 4, "eval_tasks": 5, "eval_steps": 2, "compile": False,
+}  # fmt: skip
+MINE = """
+import torch
+from toolkit import Batch, Task
+
+def lines(generator):
+    x = torch.randn(20, 1, generator=generator)
+    return Task(Batch(x[:10], 2 * x[:10]), Batch(x[10:], 2 * x[10:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """Short runs, each made once and copied for each test."""
+    place, made = tmp_path_factory.mktemp("runs"), dict[str, Path]()
+
+    def run(tmp_path: Path, name: str = "glyphs", algorithm: str = "maml", **changed: Any) -> Run:
+        key = f"{name}-{algorithm}-{sorted(changed.items())}"
+        if key not in made:
+            made[key] = place / f"run{len(made)}"
+            kind, body = (sinusoid.Config, sinusoid.main) if name == "sinusoid" else (quickstart.Config, quickstart.main)
+            given = {"queries": 1, "eval_queries": 2, "model": "conv4-32"} if kind is quickstart.Config else {}
+            body(kind(algorithm=algorithm, out=made[key], **SHORT | given | changed))  # type: ignore[arg-type]
+        shutil.copytree(made[key], tmp_path / "run")
+        return Run(tmp_path / "run")
+
+    return run
+
+
+def test_the_same_tasks_give_the_same_numbers(finished: Callable[..., Run], tmp_path: Path) -> None:
+    run = finished(tmp_path)
+    folder, summary = evaluated(run, [])
+    again = Run(folder)
+    assert torch.equal(again.curve.metric, run.curve.metric) and torch.equal(again.curve.loss, run.curve.loss)
+    assert again.curve.task_list_hash == run.curve.task_list_hash
+    same = ("algorithm", "inner_steps", "selected", "batch_norm", "chance", "config_hash", "selection")
+    assert {key: summary[key] for key in same} == {key: run.summary[key] for key in same}
+    assert summary["test"] == run.summary["test"] and summary["weights_of"] == "run"
+    assert folder.parent == run.path / "evaluations" and (folder / "adaptation.png").exists()
+    assert summary["command"] == "toolkit evaluate run"
+
+
+def test_other_tasks_are_those_that_evaluate_sees(finished: Callable[..., Run], tmp_path: Path) -> None:
+    """Fewer ways by the same head, more shots, another seed: as by hand with the run's weights."""
+    run = finished(tmp_path)
+    words = ["--ways", "3", "--shots", "2", "--eval-seed", "4", "--eval-tasks", "6", "--out", str(tmp_path / "out")]
+    folder, summary = evaluated(run, words)
+    flags = EpisodeFlags(
+        sampler="glyphs", ways=3, train_ways=5, shots=2, eval_queries=2, model="conv4-32", algorithm="maml", inner_lr=0.4
+    )
+    _, learner, tasks = parts.assemble(flags)
+    loaded = checkpoint.load_newest(run.path / "checkpoints")
+    assert loaded is not None
+    by_hand = evaluate(learner, loaded[0], tasks.test, tasks=6, steps=2, seed=4)
+    assert folder == tmp_path / "out" and torch.allclose(Run(folder).curve.metric, by_hand.metric, atol=1e-6)
+    assert summary["chance"] == pytest.approx(1 / 3) and Run(folder).config["ways"] == 3
+    assert "--out" in summary["command"] and run.summary["command"].startswith("python experiments/quickstart.py")
+
+
+def test_a_head_made_of_the_support_set_fits_more_ways(finished: Callable[..., Run], tmp_path: Path) -> None:
+    folder, summary = evaluated(finished(tmp_path, algorithm="protonet"), ["--ways", "8"])
+    assert Run(folder).curve.tasks == 5 and summary["chance"] == pytest.approx(1 / 8)
+
+
+def test_regression_is_tested_again(finished: Callable[..., Run], tmp_path: Path) -> None:
+    run = finished(tmp_path, "sinusoid")
+    folder, summary = evaluated(run, ["--shots", "5", "--eval-steps", "4"])
+    assert Run(folder).curve.steps == 4 and summary["test"]["metric"] == "squared error"
+
+
+def test_an_exact_repetition(finished: Callable[..., Run], tmp_path: Path) -> None:
+    run = finished(tmp_path, "sinusoid")
+    folder, differing = repeated(run, [])
+    assert differing == [] and folder == tmp_path / "run-again"
+    assert torch.equal(Run(folder).curve.loss, run.curve.loss)
+
+
+def test_a_repetition_of_other_numbers_says_so(finished: Callable[..., Run], tmp_path: Path) -> None:
+    """Training rows, the test curve and versions, each changed in the first run's files."""
+    run = finished(tmp_path, "sinusoid")
+    shutil.copytree(run.path, tmp_path / "first")
+    curve = json.loads((run.path / "curve.json").read_text())
+    curve["metric"][2][1] += 0.25
+    (tmp_path / "first" / "curve.json").write_text(json.dumps(curve))
+    summary = json.loads((run.path / "summary.json").read_text())
+    summary["versions"]["torch"] = "1.0"
+    summary["git"] = "another"
+    (tmp_path / "first" / "summary.json").write_text(json.dumps(summary))
+    rows = (run.path / "metrics.jsonl").read_text().splitlines()
+    first = json.loads(rows[0])
+    (tmp_path / "first" / "metrics.jsonl").write_text("\n".join([json.dumps(first | {"loss": 9.0}), *rows[1:]]))
+    found = differences(Run(tmp_path / "first"), run)
+    assert found[0] == "the test metric differs by up to 0.25 on a task"
+    assert found[1] == f"training differs from iteration {first['iteration']} on"
+    assert found[2].startswith("torch was 1.0 and is ") and found[3].startswith("the code was another and is ")
+    assert differences(run, run) == []
+
+
+def test_a_task_is_drawn_with_its_own_predictions(finished: Callable[..., Run], tmp_path: Path) -> None:
+    run = finished(tmp_path)
+    before = (run.path / "example.safetensors").read_bytes()
+    written = shown(run, 3, [])
+    assert {path.name for path in written} >= {"task-3.png", "task-3.pdf"} and all(path.exists() for path in written)
+    assert (run.path / "example.safetensors").read_bytes() == before
+    assert (run.path / "task-3.png").read_bytes() != (run.path / "task.png").read_bytes()
+    assert shown(run, 0, [])[0].read_bytes() == (run.path / "task.png").read_bytes()
+
+
+def refused(work: Callable[[], object]) -> str:
+    with pytest.raises(UserError) as caught:
+        work()
+    return str(caught.value)
+
+
+def test_what_training_settled_cannot_be_asked_of_evaluation(finished: Callable[..., Run], tmp_path: Path) -> None:
+    run = finished(tmp_path)
+    said = refused(lambda: evaluated(run, ["--iterations", "9"]))
+    assert said.startswith("--iterations belongs to training, which is over; `toolkit evaluate` takes --sampler, ")
+    assert "another run than" in refused(lambda: repeated(run, ["--iterations", "9"]))
+
+
+def test_tasks_that_do_not_fit(finished: Callable[..., Run], tmp_path: Path) -> None:
+    said = refused(lambda: evaluated(finished(tmp_path), ["--ways", "8"]))
+    assert "its head.weight is (5, 32), they want (8, 32); give tasks of the same inputs and at most as many ways" in said
+
+
+def test_a_folder_that_is_there_is_not_overwritten(finished: Callable[..., Run], tmp_path: Path) -> None:
+    run = finished(tmp_path, "sinusoid")
+    evaluated(run, [])
+    assert "exists; continue it with --resume, replace it with --overwrite" in refused(lambda: evaluated(run, []))
+    evaluated(run, ["--overwrite"])
+
+
+def test_a_run_without_weights(finished: Callable[..., Run], tmp_path: Path) -> None:
+    run = finished(tmp_path, "sinusoid")
+    shutil.rmtree(run.path / "checkpoints")
+    assert refused(lambda: evaluated(run, [])).endswith(
+        "has no checkpoint, only numbers; `toolkit rerun run` makes its weights anew"
+    )
+
+
+def test_a_run_of_another_kind(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"seed": 0}')
+    assert "has no algorithm in its config.json; only runs" in refused(lambda: evaluated(Run(tmp_path), []))
+
+
+def test_no_such_task(finished: Callable[..., Run], tmp_path: Path) -> None:
+    assert refused(lambda: shown(finished(tmp_path, "sinusoid"), -1, [])) == "task -1 is none; tasks are numbered from 0"
+
+
+def test_code_named_in_a_run_folder_is_run_only_when_typed_again(
+    finished: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    run = finished(tmp_path, "sinusoid", sampler="mine.py:lines")
+    monkeypatch.setattr("toolkit.plugins.resolve", lambda *given: pytest.fail(f"{given} was resolved"))
+    said = refused(lambda: evaluated(run, []))
+    assert said.endswith(
+        "was made with --sampler mine.py:lines, which is code; type it again, as in --sampler mine.py:lines, and it is run"
+    )
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    _, summary = evaluated(run, ["--sampler", "mine.py:lines"])
+    assert summary["task_list_hash"] == run.summary["task_list_hash"]
+
+
+def test_the_flags_of_every_experiment_can_be_read_again() -> None:
+    """The fields that only an experiment has are few defaults of shared ones, so the shared classes hold all that it wrote."""
+    for kind, shared in ((omniglot.Config, EpisodeFlags), (quickstart.Config, EpisodeFlags), (sinusoid.Config, Flags)):
+        assert set(kind.__dataclass_fields__) == set(shared.__dataclass_fields__)

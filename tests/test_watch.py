@@ -1,0 +1,72 @@
+"""A run as text while it goes on."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from toolkit import UserError
+from toolkit.runs.folder import Run
+from toolkit.runs.watch import WIDTH, follow, sparkline, view
+
+
+def folder(path: Path, rows: list[dict[str, float]], torn: str = "") -> Path:
+    (path / "config.json").write_text(json.dumps({"algorithm": "anil", "sampler": "glyphs", "iterations": 200}))
+    if rows or torn:
+        (path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows) + torn)
+    return path
+
+
+ROWS = [
+    {"iteration": 40, "loss": 2.0, "metric": 0.2, "seconds": 60.0},
+    {"iteration": 50, "loss": 1.0, "metric": 0.4, "seconds": 75.0},
+    {"iteration": 50, "val_loss": 1.5, "val_metric": 0.3},
+]
+
+
+@pytest.mark.parametrize("torn", ["", '{"iteration": 60, "lo'])
+def test_how_far_how_fast_how_good(tmp_path: Path, torn: str) -> None:
+    lines = view(Run(folder(tmp_path, ROWS, torn))).splitlines()
+    assert lines[0].endswith(": anil on glyphs")
+    assert lines[1] == "█████░░░░░░░░░░░░░░░ 50 of 200 iterations, 1:15 min so far, about 3:45 min left"
+    assert lines[2].split() == ["loss", "1", "█▁"] and lines[3].split() == ["metric", "0.4", "▁█"]
+    assert lines[4].split() == ["metric", "on", "validation", "0.3", "▅"]
+
+
+def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
+    assert view(Run(folder(tmp_path, []))).splitlines()[1] == "░░░░░░░░░░░░░░░░░░░░ 0 of 200 iterations"
+
+
+def test_hours_are_hours(tmp_path: Path) -> None:
+    assert "2 h 00 min so far, about 6 h 00 min left" in view(
+        Run(folder(tmp_path, [{"iteration": 50, "loss": 1.0, "seconds": 7200.0}]))
+    )
+
+
+def test_the_result_of_a_run_that_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder(tmp_path, ROWS)
+    test = {"metric": "accuracy", "mean": [0.2, 0.9], "ci95": [0.1, 0.01], "tasks": 600}
+    (tmp_path / "summary.json").write_text(json.dumps({"test": test, "inner_steps": 1}))
+    follow(tmp_path)
+    assert capsys.readouterr().out.splitlines()[-1] == "tested: accuracy 0.9 ± 0.01 after 1 steps, 600 tasks"
+
+
+def test_without_a_terminal_it_is_shown_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    follow(folder(tmp_path, ROWS))
+    assert capsys.readouterr().out.count("anil on glyphs") == 1
+
+
+def test_a_course_is_no_wider_than_its_room_and_keeps_its_shape() -> None:
+    line = sparkline([float(i) for i in range(1000)])
+    assert len(line) == WIDTH and line[0] == "▁" and line[-1] == "█" and list(line) == sorted(line)
+    assert sparkline([3.0, 3.0]) == "▅▅"
+
+
+def test_a_damaged_journal_and_no_run_at_all(tmp_path: Path) -> None:
+    folder(tmp_path, ROWS)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    (tmp_path / "metrics.jsonl").write_text("\n".join([lines[0], "nonsense", *lines[1:]]))
+    with pytest.raises(UserError, match=r"metrics.jsonl is damaged in line 2; delete that line"):
+        view(Run(tmp_path))
+    with pytest.raises(UserError, match="there is no run folder"):
+        follow(tmp_path / "none")

@@ -1,0 +1,209 @@
+"""A finished run opened again: tested on other tasks, repeated, looked at task by task.
+
+What a run folder says is data. The names in it that stand for code of the user's (module:NAME, file.py:NAME) are not resolved
+until the user types them again.
+"""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toolkit import experiment, parts
+from toolkit.errors import UserError
+from toolkit.flags import EpisodeFlags, Flags, checked
+from toolkit.learner import Learner, Meta
+from toolkit.plan import Plan
+from toolkit.runs import checkpoint
+from toolkit.runs.folder import Run, config_hash, prepare, write_json
+from toolkit.runs.summary import Outcome, code_version, table
+from toolkit.starts import inherited, zeros
+from toolkit.testing import example, judged
+
+CODE = ("algorithm", "sampler", "dataset", "model")  # flags that may name code
+# What evaluation can change of a finished run; all else was settled by training.
+TEST_ONLY = (
+    "sampler", "dataset", "sampler_args", "dataset_args", "ways", "shots", "eval_queries", "eval_tasks", "eval_steps",
+    "eval_seed", "protocol", "permutations", "support_copies", "inner_lr", "rule", "batch_norm", "data_root", "download",
+    "device", "map", "chunk", "out", "overwrite", "debug",
+)  # fmt: skip
+
+
+def flags_of(run: Run, words: Sequence[str] = (), about: str = "") -> Flags:
+    """The flags that a run was made with, changed by the words of a command line.
+
+    Raises UserError for a folder of another kind of experiment, and for names of code that were not typed again.
+    """
+    import tyro
+
+    kind: type[Flags] = EpisodeFlags if "ways" in run.config else Flags
+    known = {field.name: field for field in fields(kind)}
+    if missing := {"algorithm", "iterations", "eval_tasks", "sampler"} - run.config.keys():
+        raise UserError(
+            f"{run.path} has no {sorted(missing)[0]} in its config.json; only runs of `experiment.run` can be opened again"
+        )
+    given: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in run.config.items() if key in known}
+    given |= {"data_root": Path(given["data_root"])} if given.get("data_root") else {}
+    given |= {"out": None, "resume": False, "overwrite": False, "logger": (), "protocol": None}
+    untyped: dict[str, Any] = {key: "" for key in CODE if ":" in str(given.get(key) or "")}
+    flags = tyro.cli(kind, default=kind(**(given | untyped)), args=list(words), prog="toolkit", description=about)
+    for key in untyped:
+        if not getattr(flags, key):
+            raise UserError(
+                f"{run.path} was made with --{key} {given[key]}, which is code; type it again, as in --{key} "
+                f"{shlex.quote(str(given[key]))}, and it is run"
+            )
+    return flags
+
+
+def evaluated(run: Run, words: Sequence[str]) -> tuple[Path, dict[str, Any]]:
+    """Tests a run's chosen weights on the tasks that the words ask for, as `toolkit evaluate`, and writes that as a run folder:
+    by default in `evaluations/` of the run. Returns the folder and its summary.
+
+    Raises UserError for a flag that only training can use, and for tasks that the model does not fit.
+    """
+    kept = replace(flags_of(run, _code(words)), out=None)
+    flags = checked(flags_of(run, words, evaluated.__doc__ or ""))
+    for field in fields(flags):
+        if getattr(flags, field.name) != getattr(kept, field.name) and field.name not in (*TEST_ONLY, *CODE):
+            flag = field.name.replace("_", "-")
+            raise UserError(f"--{flag} belongs to training, which is over; `toolkit evaluate` takes {_listed(TEST_ONLY)}")
+    if isinstance(flags, EpisodeFlags) and isinstance(kept, EpisodeFlags):
+        trained = kept.train_ways or kept.ways
+        # Fewer ways leave the model's outputs as they are.
+        flags = flags if flags.ways == kept.ways else replace(flags, train_ways=trained if flags.ways < trained else None)
+    if flags.sampler != kept.sampler and flags.dataset == kept.dataset:
+        flags = replace(flags, dataset=None, dataset_args=())
+    flags, learner, tasks = parts.assemble(flags)
+    learner = experiment.on_device(flags.device, learner)
+    outcome = replace(_outcome(run), best=_fitting(run, learner, _weights(run)))
+    config = experiment.configuration(flags, str(run.config.get("experiment", "")), learner)
+    folder = flags.out or run.path / "evaluations" / f"{flags.run_name}-{flags.eval_tasks}x{flags.eval_steps}-{flags.eval_seed}"
+    prepare(folder, config, resume=False, overwrite=flags.overwrite)
+    where = words.index("--data-root") if "--data-root" in words else len(words)
+    typed = [*words[:where], *words[where + 2 :]]  # a data root belongs to a machine
+    traces = {
+        "git": code_version(),
+        "command": shlex.join(["toolkit", "evaluate", run.path.name, *typed]),
+        "weights_of": run.path.name,
+    }
+    summary = judged(folder, flags, config, learner, outcome, tasks.test, tasks.chance, traces)
+    from toolkit.plots.figures import adaptation
+    from toolkit.plots.save import save
+
+    save(adaptation([Run(folder)]), folder / "adaptation")
+    print(table(summary))
+    return folder, summary
+
+
+def repeated(run: Run, words: Sequence[str]) -> tuple[Path, list[str]]:
+    """Repeats a run by the plan that it had, into a folder of its own beside it, and says what differs: nothing, where all
+    numbers are the same to the last bit. A repetition that was stopped goes on."""
+    flags = flags_of(run, words, repeated.__doc__ or "")
+    out = flags.out or run.path.with_name(f"{run.path.name}-again")
+    if config_hash(experiment.configuration(flags, run.config["experiment"])) != config_hash(run.config):
+        raise UserError(
+            f"these flags make another run than {run.path}; `toolkit rerun` takes --out, --data-root and names of code"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    if not any(out.iterdir()):
+        write_json(out / "config.json", run.config)
+        if "plan" in run.summary:
+            write_json(out / "plan.json", run.summary["plan"])
+    flags, learner, tasks = parts.assemble(replace(flags, out=out, resume=True))
+    again = experiment.run(flags, run.config["experiment"], learner, *tasks)
+    return out, differences(run, again)
+
+
+def differences(first: Run, second: Run) -> list[str]:
+    """What differs between the numbers of two runs, in sentences, with what may be the reason; nothing where all are equal."""
+    found = []
+    for name in ("metric", "loss"):
+        a, b = getattr(first.curve, name), getattr(second.curve, name)
+        if a.shape != b.shape:
+            found.append(f"the curves have {tuple(a.shape)} and {tuple(b.shape)} points")
+        elif not torch.equal(a.nan_to_num(), b.nan_to_num()):
+            found.append(f"the test {name} differs by up to {float((a - b).abs().nan_to_num().max()):.3g} on a task")
+    rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in run.metrics] for run in (first, second)]
+    for a, b in zip(*rows, strict=False):
+        if a != b:
+            found.append(f"training differs from iteration {int(a['iteration'])} on")
+            break
+    if found:
+        here, there = first.summary, second.summary
+        for key, v in here.get("versions", {}).items():
+            if there["versions"].get(key) != v:
+                found.append(f"{key} was {v} and is {there['versions'].get(key)}")
+        for key in ("git", "plan"):
+            if here.get(key) != there.get(key):
+                found.append(f"the {'code' if key == 'git' else key} was {here.get(key)} and is {there.get(key)}")
+    return found
+
+
+def shown(run: Run, index: int, words: Sequence[str]) -> list[Path]:
+    """Draws test task `index` of a run with its predictions, as task-INDEX in the run folder. Returns the files."""
+    if index < 0:
+        raise UserError(f"task {index} is none; tasks are numbered from 0")
+    flags = checked(flags_of(run, words, shown.__doc__ or ""))
+    flags, learner, tasks = parts.assemble(flags)
+    tensors = example(flags, learner, _fitting(run, learner, _weights(run)), tasks.test, index)
+    if not tensors:
+        raise UserError(f"the tasks of {run.path} have inputs of several parts, of which there is no picture")
+    from toolkit.plots.figures import example as drawn
+    from toolkit.plots.save import save
+
+    opened = Run(run.path)
+    opened.__dict__["example"] = tensors  # in place of the one in the folder, which is task 0
+    return save(drawn(opened), run.path / f"task-{index}")
+
+
+def _code(words: Sequence[str]) -> list[str]:
+    """Those of the words that name code, and their values."""
+    found = []
+    for i, word in enumerate(words):
+        flag, equals, _ = word.partition("=")
+        if flag.removeprefix("--") in CODE:
+            found += [word] if equals else list(words[i : i + 2])
+    return found
+
+
+def _weights(run: Run) -> Meta:
+    loaded = checkpoint.load_newest(run.path / "checkpoints", config_hash(run.config))
+    if loaded is None:
+        raise UserError(f"{run.path} has no checkpoint, only numbers; `toolkit rerun {run.path.name}` makes its weights anew")
+    return loaded[0]
+
+
+def _outcome(run: Run) -> Outcome:
+    cost, known = run.summary["cost"], {field.name for field in fields(Plan)}
+    plan = Plan(**{key: value for key, value in run.summary["plan"].items() if key in known})
+    return Outcome(Meta({}, {}), run.summary["selected"], cost["seconds"], plan, cost["peak_mb"])
+
+
+def _fitting(run: Run, learner: Learner, weights: Meta) -> Meta:
+    """The weights as the learner has them. A head of another size will do where a method makes it of the support set."""
+    own = learner.init()
+    wrong = [name for name, p in own.params.items() if name not in weights.params or weights.params[name].shape != p.shape]
+    made = learner.start not in (inherited, zeros)
+    if [name for name in wrong if not (made and name.startswith(f"{learner.head}."))]:
+        name = wrong[0]
+        had = tuple(weights.params[name].shape) if name in weights.params else "not there"
+        raise UserError(
+            f"{run.path} does not fit these tasks: its {name} is {had}, they want {tuple(own.params[name].shape)}; give tasks "
+            "of the same inputs and at most as many ways, or train a method whose head is made of the support set (protonet)"
+        )
+    device = next(iter(own.params.values())).device
+
+    def placed(tree: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(device) for name, tensor in (like | tree).items()}
+
+    params = {name: own.params[name] if name in wrong else weights.params[name] for name in own.params}
+    return Meta(placed(params, {}), placed(weights.learned, own.learned), placed(weights.stats, {}))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join("--" + name.replace("_", "-") for name in names)

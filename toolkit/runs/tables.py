@@ -1,0 +1,170 @@
+"""Tables of results in Markdown and LaTeX, made from run folders, so that no number in them is typed by hand.
+
+A table file is JSON, {"rows": [...]}; a row says `tasks` (words), `folder` (of its run, beside the table in ../reference unless
+"runs" names another place), `seeds` (how many runs FOLDER-seed0, FOLDER-seed1, ... it has; null: the folder itself is the run),
+`command` and `published` (words, or null). Rows whose runs are not there yet are left out.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from toolkit.errors import UserError, unknown
+from toolkit.files import replace
+from toolkit.runs.comparison import Entry, difference, entries, grouped
+from toolkit.runs.folder import Run
+
+COLUMNS = (
+    "tasks", "method", "before", "as trained", "at the end", "seeds", "test tasks", "batch norm", "training", "published",
+    "command",
+)  # fmt: skip
+MARK = re.compile(r"(<!-- table: (?P<files>[^|>]+?)(?: \| (?P<columns>[^>]+?))? -->\n).*?(\n<!-- end -->)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: a method on some tasks, its runs by seed."""
+
+    tasks: str
+    entry: Entry
+    command: str
+    published: str | None
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a table file whose runs are there. Raises UserError for a file that is none."""
+    try:
+        data = json.loads(path.read_text())
+        rows, place = data["rows"], path.parent / data.get("runs", "../reference")
+        wanted = [
+            (row["tasks"], _folders(place, row["folder"], row["seeds"]), row["command"], row["published"]) for row in rows
+        ]
+    except FileNotFoundError:
+        raise UserError(f"there is no table {path}; give a table file (JSON with rows) or run folders") from None
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is no table of results ({error!r}); its rows need tasks, folder, seeds, command, published"
+        ) from None
+    found = []
+    for tasks, folders, command, published in wanted:
+        there = [Run(folder) for folder in folders if (folder / "summary.json").exists()]
+        if there:
+            (entry,) = entries({str(there[0].summary["algorithm"]): there})
+            found.append(Row(tasks, entry, command, published))
+    return found
+
+
+def of_runs(runs: Sequence[Run]) -> list[Row]:
+    """A row for each method among finished runs."""
+    found = []
+    for name, group in grouped(runs).items():
+        (entry,) = entries({name: group})
+        config, summary = group[0].config, group[0].summary
+        size = f", {config['ways']}-way {config['shots']}-shot" if "ways" in config else f", {config.get('shots')}-shot"
+        found.append(Row(str(summary["sampler"]) + size, entry, str(summary.get("command", "")), None))
+    return found
+
+
+def _folders(place: Path, folder: str, seeds: int | None) -> list[Path]:
+    return [place / folder] if seeds is None else [place / f"{folder}-seed{seed}" for seed in range(seeds)]
+
+
+def cells(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """The rows as words by column. "**" stands around the best result "as trained" of its tasks, where its paired difference to
+    every other row of these tasks excludes 0 (`intervals.paired`); so nowhere when test tasks differ."""
+    best = [_best([row for row in rows if row.tasks == one.tasks]) is one for one in rows]
+    return [_cells(row, bold) for row, bold in zip(rows, best, strict=True)]
+
+
+def _best(rows: Sequence[Row]) -> Row | None:
+    sign = 1 if rows[0].entry.curve.metric_name == "accuracy" else -1
+    best = max(rows, key=lambda row: sign * row.entry.mean()[0])
+    for other in rows:
+        if other is best:
+            continue
+        try:
+            entries({"best": best.entry.runs, "other": other.entry.runs})
+            gap = difference(best.entry, other.entry)
+        except UserError:
+            return None
+        if not (gap.clear and sign * gap.mean > 0):
+            return None
+    return best if len(rows) > 1 else None
+
+
+def _cells(row: Row, bold: bool) -> dict[str, str]:
+    entry, summary = row.entry, row.entry.runs[0].summary
+    result = _result(entry, entry.trained_steps)
+    minutes = entry.cost("seconds") / 60
+    return {
+        "tasks": row.tasks,
+        "method": str(summary["algorithm"]),
+        "before": _result(entry, 0),
+        "as trained": f"**{result}**" if bold else result,
+        "at the end": _result(entry, entry.curve.steps),
+        "seeds": str(len(entry.runs)),
+        "test tasks": f"{entry.curve.tasks:,}",
+        "batch norm": f"{summary['batch_norm']}{' (transductive)' if summary['transductive'] else ''}",
+        "training": f"{minutes:.1f} min",
+        "published": row.published or "-",
+        "command": f"`{row.command}`" if row.command else "-",
+    }
+
+
+def _result(entry: Entry, step: int) -> str:
+    mean, half = entry.mean(step)
+    if mean - mean != 0:
+        return "not finite"
+    if entry.curve.metric_name == "accuracy":
+        return f"{100 * mean:.2f} ± {100 * half:.2f}"
+    median = entry.values(step).nanmedian()
+    return f"{mean:.3f} ± {half:.3f} (median {median:.3f})"
+
+
+def markdown(rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> str:
+    """The table in Markdown; accuracy in percent."""
+    lines = [list(columns), ["---"] * len(columns), *([row[column] for column in columns] for row in cells(rows))]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def latex(rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> str:
+    """The table in LaTeX, for the package booktabs; accuracy in percent."""
+    lines = [" & ".join(map(_tex, columns)) + r" \\", r"\midrule"]
+    lines += [" & ".join(_tex(row[column]) for column in columns) + r" \\" for row in cells(rows)]
+    head = rf"\begin{{tabular}}{{{'l' * len(columns)}}}"
+    return "\n".join([head, r"\toprule", *lines, r"\bottomrule", r"\end{tabular}"])
+
+
+def _tex(text: str) -> str:
+    bold = text.startswith("**")
+    code = text.startswith("`")
+    text = re.sub(r"([&%$#_{}])", r"\\\1", text.strip("*`")).replace("±", r"$\pm$").replace("~", r"\textasciitilde{}")
+    return rf"\textbf{{{text}}}" if bold else rf"\texttt{{{text}}}" if code else text
+
+
+def fill(file: Path) -> bool:
+    """Writes into a Markdown file the tables that it asks for: between `<!-- table: FILE ... | COLUMN, ... -->` (files named
+    from where it lies; all columns without the second part) and `<!-- end -->`. Returns whether that changed the file. Raises
+    UserError where it asks for none, or for a column that there is not."""
+    old = file.read_text()
+
+    def table(found: re.Match[str]) -> str:
+        columns = [name.strip() for name in (found["columns"] or ", ".join(COLUMNS)).split(",")]
+        rows = [row for name in found["files"].split() for row in read(file.parent / name)]
+        return found[1] + markdown(rows, checked(columns)) + found[4]
+
+    if not MARK.search(old):
+        raise UserError(f"{file} asks for no table; put <!-- table: FILE --> and <!-- end --> on lines of their own")
+    if (new := MARK.sub(table, old)) != old:
+        replace(file, new.encode())
+    return new != old
+
+
+def checked(columns: Sequence[str]) -> Sequence[str]:
+    """The columns. Raises UserError for one that there is not."""
+    for column in columns:
+        if column not in COLUMNS:
+            raise unknown("column", column, COLUMNS)
+    return columns

@@ -1,0 +1,89 @@
+"""A run as text, while it goes on: how far, how fast, how good."""
+
+import json
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+from toolkit.errors import UserError
+from toolkit.runs.folder import Run
+
+BARS = " ▁▂▃▄▅▆▇█"
+WIDTH = 48  # characters of a curve
+EVERY = 1.0  # seconds between looks
+
+
+def follow(folder: Path, once: bool = False) -> None:
+    """Prints the run and, in a terminal, keeps it up to date until the run is done; once where `once` is true or nobody
+    watches.
+
+    Raises UserError for a folder that is no run's."""
+    text = view(Run(folder))
+    print(text)
+    while not (once or (folder / "summary.json").exists()) and sys.stdout.isatty():
+        time.sleep(EVERY)
+        lines = text.count("\n") + 1
+        text = view(Run(folder))
+        print(f"\x1b[{lines}F\x1b[J{text}", flush=True)  # from the first line of the last look on
+
+
+def view(run: Run) -> str:
+    """The state of a run on some lines: iterations done and how long the rest may take, loss and metric of training and the
+    best validation so far, each with its course; the test result when there is one. A torn last line of the journal is left
+    out."""
+    total, rows = int(run.config["iterations"]), _rows(run)
+    training = [row for row in rows if "loss" in row]
+    validation = [row for row in rows if "val_loss" in row]
+    done = int(rows[-1]["iteration"]) if rows else 0
+    lines = [f"{run.path}: {run.config.get('algorithm')} on {run.config.get('sampler')}", _progress(done, total, training)]
+    for key, name in (("loss", "loss"), ("metric", "metric")):
+        if values := [row[key] for row in training if key in row]:
+            lines.append(f"{name:22} {values[-1]:>10.4g}  {sparkline(values)}")
+    if values := [row["val_metric"] for row in validation if "val_metric" in row]:
+        lines.append(f"{'metric on validation':22} {values[-1]:>10.4g}  {sparkline(values)}")
+    if (run.path / "summary.json").exists():
+        test, k = run.summary["test"], run.summary["inner_steps"]
+        k = min(k or 0, len(test["mean"]) - 1)
+        lines.append(f"tested: {test['metric']} {test['mean'][k]} ± {test['ci95'][k]} after {k} steps, {test['tasks']} tasks")
+    return "\n".join(lines)
+
+
+def sparkline(values: list[float]) -> str:
+    """The course of some numbers in WIDTH characters at most, each the mean of its part of them."""
+    parts = min(WIDTH, len(values))
+    edges = [round(i * len(values) / parts) for i in range(parts + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, high = min(means), max(means)
+    return "".join(BARS[1 + round((len(BARS) - 2) * ((v - low) / (high - low) if high > low else 0.5))] for v in means)
+
+
+def _progress(done: int, total: int, training: list[dict[str, float]]) -> str:
+    bar = "█" * (20 * done // total)
+    seconds = training[-1].get("seconds", 0.0) if training else 0.0
+    rest = ""
+    if done and seconds:
+        left = seconds / training[-1]["iteration"] * (total - done)
+        rest = f", {_time(seconds)} so far" + (f", about {_time(left)} left" if left else "")
+    return f"{bar:░<20} {done:,} of {total:,} iterations{rest}"
+
+
+def _time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes}:{rest:02} min"
+
+
+def _rows(run: Run) -> list[dict[str, float]]:
+    """The rows of the journal so far; its last line may be half written just now."""
+    try:
+        lines = (run.path / "metrics.jsonl").read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    rows = []
+    for number, line in enumerate(lines):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines) - 1:
+                raise UserError(f"{run.path / 'metrics.jsonl'} is damaged in line {number + 1}; delete that line") from None
+    return rows

@@ -1,0 +1,82 @@
+"""The end of a run: its learner on the test tasks, and what the run folder gets of that."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from toolkit import parts
+from toolkit.choose import peak
+from toolkit.curve import Curve
+from toolkit.evaluate import evaluate, predictions
+from toolkit.flags import Flags
+from toolkit.learner import Learner, Meta
+from toolkit.metrics import is_of_ways
+from toolkit.runs.folder import write_json
+from toolkit.runs.summary import Outcome, summarise
+from toolkit.task import IGNORED, Padded, TaskSampler, draw, move, take
+
+SHOWN_STEPS = (0, 1, 5, 10)
+
+
+def judged(
+    folder: Path,
+    flags: Flags,
+    config: dict[str, Any],
+    learner: Learner,
+    outcome: Outcome,
+    test: TaskSampler,
+    chance: float | None,
+    traces: dict[str, Any],
+) -> dict[str, Any]:
+    """Evaluates on the test tasks that the flags ask for, and writes curve.json, example.safetensors and, last, summary.json,
+    which is returned. `traces` as in `summarise`."""
+    found: list[Curve] = []
+    sizes = flags.eval_tasks, flags.eval_steps, flags.eval_seed, "test", parts.judging(flags, outcome.plan)
+
+    def work() -> None:
+        with tqdm(total=flags.eval_tasks, desc="test", unit="task") as bar:
+            asked = flags.permutations, outcome.plan.records
+            found.append(evaluate(learner, outcome.best, test, *sizes, bar.update, *asked))
+
+    held = peak(work, flags.device)
+    (curve,) = found
+    first = move(take(draw(test, 1, flags.eval_seed), 0), flags.device)
+    write_json(folder / "curve.json", curve.to_json())
+    if tensors := example(flags, learner, outcome.best, test):
+        from safetensors.torch import save_file
+
+        save_file(tensors, folder / "example.safetensors")
+    selection = f"the best on {flags.val_tasks} validation tasks, every {flags.validate_every} iterations"
+    summary = summarise(
+        config,
+        learner,
+        curve,
+        outcome,
+        chance,
+        learner.observe(first.support.x).batch_norm,
+        held,
+        {"selection": selection} | traces,
+    )
+    write_json(folder / "summary.json", summary)
+    return summary
+
+
+def example(flags: Flags, learner: Learner, meta: Meta, test: TaskSampler, index: int = 0) -> dict[str, torch.Tensor]:
+    """One test task with the predictions after some numbers of steps, for the picture of a task: what has a label of it. Empty
+    where inputs have several parts, which have no picture."""
+    task = take(draw(test, 1, flags.eval_seed, index, "test"), 0)
+    steps = tuple(sorted({k for k in (*SHOWN_STEPS, learner.steps) if k <= max(flags.eval_steps, learner.steps)}))
+    if isinstance(task.support.x, dict) or isinstance(task.query.x, dict):
+        return {}
+    predicted = predictions(learner, meta, move(task, flags.device), steps)
+    tensors: dict[str, torch.Tensor] = {"steps": torch.tensor(steps)}
+    for name, (x, y) in zip(("support", "query"), task, strict=True):
+        shown = (y != IGNORED).view(len(y), -1).all(1)
+        images = x.x if isinstance(x, Padded) else x
+        assert isinstance(images, torch.Tensor)
+        tensors |= {f"{name}_x": images[shown], f"{name}_y": y[shown]}
+    outputs = int(tensors["query_y"].max()) + 1 if is_of_ways(learner.metric) else None
+    tensors["predictions"] = predicted[:, shown, :outputs]  # the query set's, which came last
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
