@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: install demo test test-all check speed clean
+.PHONY: install demo test test-all check speed results tables clean
 
 install: .venv/installed
 demo: install
@@ -18,6 +18,12 @@ check: .venv/checked
 	$(BIN)/mypy
 speed: .venv-peers/installed
 	.venv-peers/bin/python experiments/speed.py --data-root $(or $(DATA),data)
+# The reference runs that are not there yet, in hours; stopped, it goes on where it was. Then the tables of them.
+results: .venv/installed
+	$(BIN)/python -m experiments.tools.results --data-root $(or $(DATA),data)
+	$(MAKE) tables
+tables: .venv/installed
+	$(BIN)/toolkit table --into README.md results/README.md
 clean:
 	rm -rf .venv .venv-peers .pytest_cache .ruff_cache .mypy_cache *.egg-info
 

@@ -126,6 +126,13 @@ def test_a_task_is_drawn_with_its_own_predictions(finished: Callable[..., Run], 
     assert shown(run, 0, [])[0].read_bytes() == (run.path / "task.png").read_bytes()
 
 
+def test_the_path_and_the_animation_of_a_task(finished: Callable[..., Run], tmp_path: Path) -> None:
+    names = {path.name for path in shown(finished(tmp_path, "sinusoid"), 2, [], path=True, gif=True)}
+    assert names == {*(f"{n}-2.{s}" for n in ("task", "path") for s in ("png", "pdf", "csv")), "adaptation-2.gif"}
+    without = finished(tmp_path / "other", algorithm="protonet")
+    assert "protonet" in refused(lambda: shown(without, 0, [], path=True))
+
+
 def refused(work: Callable[[], object]) -> str:
     with pytest.raises(UserError) as caught:
         work()

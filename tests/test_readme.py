@@ -1,6 +1,8 @@
 """The README's code runs as printed."""
 
+import importlib
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -39,6 +41,57 @@ def test_the_plug_in_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     launch(quickstart.Config, seen.append, {}, "")
     _, _, tasks = assemble(seen[0])
     assert (tasks.test.ways, tasks.test.gap) == (5, 3)  # type: ignore[attr-defined]
+
+
+def words(pattern: str) -> list[list[str]]:
+    """The commands of the README that match, without their comments."""
+    return [shlex.split(line, comments=True) for line in README.splitlines() if re.match(pattern, line)]
+
+
+EXPERIMENTS = words(r"python experiments/")
+
+
+@pytest.mark.parametrize("command", EXPERIMENTS, ids=" ".join)
+def test_the_experiments_take_their_flags(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Word for word, as far as the training, which takes hours."""
+    module = importlib.import_module(command[1].removesuffix(".py").replace("/", "."))
+    monkeypatch.setattr(sys, "argv", command[1:])
+    seen: list[object] = []
+    launch(module.Config, seen.append, getattr(module, "PRESETS", {}), "")
+    (config,) = seen
+    flags = [word.removeprefix("--").replace("-", "_") for word in command[2:] if word.startswith("--")]
+    assert all(hasattr(config, flag.split(".")[0]) for flag in flags)
+
+
+AFTER = words(r"toolkit (?!new|check-sampler|plan)")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("runs")
+    (place / "my_net.py").write_text(
+        "from torch import nn\n\n\ndef Net(inputs, outputs):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 8), nn.Tanh(), nn.Linear(8, outputs))\n"
+    )
+    short = {"iterations": 2, "validate_every": 2, "tasks": 2, "val_tasks": 2, "eval_tasks": 6, "eval_steps": 1}
+    for name, method in (("RUN", "maml"), ("RUN_A", "maml"), ("RUN_B", "anil")):
+        given = short | {"queries": 1, "eval_queries": 1, "model": "conv4-32"}
+        quickstart.main(quickstart.Config(algorithm=method, out=place / name, **given))  # type: ignore[arg-type]
+    return place
+
+
+@pytest.mark.parametrize("command", AFTER, ids=" ".join)
+def test_the_commands_after_a_run_run(command: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Word for word, with runs that are called so."""
+    monkeypatch.chdir(runs)
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as done:
+        cli.main()
+    assert done.value.code == 0
+
+
+def test_all_commands_are_looked_at() -> None:
+    assert len(EXPERIMENTS) >= 9 and len(AFTER) == 8
 
 
 def test_every_link_and_experiment_exists() -> None:

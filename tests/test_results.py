@@ -6,18 +6,47 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.tools.results_table import COMPARISONS, REFERENCE, RUNS, SHARED_MODEL, SHORT, comparison, shared_model, table
+from experiments.tools.results import Config, wanted
+from experiments.tools.results_table import COMPARISONS, REFERENCE, SHARED_MODEL, comparison, shared_model
 from toolkit.runs.folder import Run, config_hash
+from toolkit.runs.tables import MARK, fill
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_readmes_quote_the_runs() -> None:
-    assert table() in (ROOT / "results" / "README.md").read_text()
-    assert table(SHORT) in (ROOT / "README.md").read_text()
+TABLES = sorted((ROOT / "results" / "tables").glob("*.json"))
+WANTED = {run.folder: run for run in wanted(Config())}
+MADE = [folder for folder in WANTED if (REFERENCE / folder).exists()]
 
 
-@pytest.mark.parametrize("folder", RUNS)
+@pytest.mark.parametrize("name", ["README.md", "results/README.md"])
+def test_the_readmes_quote_the_runs(name: str, tmp_path: Path) -> None:
+    """Filled in anew from the runs, beside the same results, the text stays as it is; and the tables are not empty."""
+    (tmp_path / "results").symlink_to(ROOT / "results") if "/" not in name else None
+    place = tmp_path if "/" not in name else ROOT / "results"
+    copy = place / f"{tmp_path.name}.md"
+    try:
+        copy.write_text((ROOT / name).read_text())
+        assert not fill(copy), f"`toolkit table --into {name}` would change it"
+        assert all(found[0].count("\n|") > 5 for found in MARK.finditer(copy.read_text()))
+    finally:
+        copy.unlink()
+
+
+@pytest.mark.parametrize("folder", MADE)
+def test_the_command_of_a_row_is_that_of_its_run(folder: str) -> None:
+    """Every flag of the row's command stands in the run's configuration."""
+    words, config = WANTED[folder].words[1:], Run(REFERENCE / folder).config
+    for i, word in enumerate(words):
+        if word.startswith("--no-"):
+            assert config[word[5:].replace("-", "_")] is False
+        elif word.startswith("--") and word != "--data-root":
+            found, given = config[word[2:].replace("-", "_")], words[i + 1]
+            assert str(found) == given or found == given.split(","), word
+    assert config["experiment"] in WANTED[folder].words[0]
+
+
+@pytest.mark.parametrize("folder", MADE)
 def test_every_reference_run_is_whole(folder: str) -> None:
     run = Run(REFERENCE / folder)
     assert run.summary["config_hash"] == config_hash(run.config)
@@ -54,5 +83,5 @@ def test_the_shared_model_is_quoted_as_it_ran() -> None:
 
 
 def test_nothing_unlisted_is_committed() -> None:
-    listed = {*RUNS, *COMPARISONS, SHARED_MODEL}
-    assert {path.name for path in REFERENCE.iterdir() if path.is_dir()} == listed
+    listed = {*WANTED, *COMPARISONS, SHARED_MODEL}
+    assert {path.name for path in REFERENCE.iterdir() if path.is_dir()} <= listed

@@ -16,12 +16,14 @@ from torch import Tensor
 from toolkit import experiment, parts
 from toolkit.errors import UserError
 from toolkit.flags import EpisodeFlags, Flags, checked
+from toolkit.landscape import landscape
 from toolkit.learner import Learner, Meta
 from toolkit.plan import Plan
 from toolkit.runs import checkpoint
 from toolkit.runs.folder import Run, config_hash, prepare, write_json
 from toolkit.runs.summary import Outcome, code_version, table
 from toolkit.starts import inherited, zeros
+from toolkit.task import draw, move, take
 from toolkit.testing import example, judged
 
 CODE = ("algorithm", "sampler", "dataset", "model")  # flags that may name code
@@ -69,7 +71,8 @@ def evaluated(run: Run, words: Sequence[str]) -> tuple[Path, dict[str, Any]]:
     kept = replace(flags_of(run, _code(words)), out=None)
     flags = checked(flags_of(run, words, evaluated.__doc__ or ""))
     for field in fields(flags):
-        if getattr(flags, field.name) != getattr(kept, field.name) and field.name not in (*TEST_ONLY, *CODE):
+        before = run.config[field.name] if field.name in ("algorithm", "model") else getattr(kept, field.name)
+        if getattr(flags, field.name) != before and field.name not in TEST_ONLY:
             flag = field.name.replace("_", "-")
             raise UserError(f"--{flag} belongs to training, which is over; `toolkit evaluate` takes {_listed(TEST_ONLY)}")
     if isinstance(flags, EpisodeFlags) and isinstance(kept, EpisodeFlags):
@@ -144,21 +147,35 @@ def differences(first: Run, second: Run) -> list[str]:
     return found
 
 
-def shown(run: Run, index: int, words: Sequence[str]) -> list[Path]:
-    """Draws test task `index` of a run with its predictions, as task-INDEX in the run folder. Returns the files."""
+def shown(run: Run, index: int, words: Sequence[str], path: bool = False, gif: bool = False) -> list[Path]:
+    """Draws test task `index` of a run with its predictions, as task-INDEX in the run folder; with `path` also how the weights
+    walk over the losses around them (path-INDEX), with `gif` the predictions step by step (adaptation-INDEX.gif). Returns the
+    files."""
     if index < 0:
         raise UserError(f"task {index} is none; tasks are numbered from 0")
     flags = checked(flags_of(run, words, shown.__doc__ or ""))
     flags, learner, tasks = parts.assemble(flags)
-    tensors = example(flags, learner, _fitting(run, learner, _weights(run)), tasks.test, index)
+    learner = experiment.on_device(flags.device, learner)
+    weights, steps = _fitting(run, learner, _weights(run)), max(flags.eval_steps, learner.steps)
+    tensors = example(flags, learner, weights, tasks.test, index)
     if not tensors:
         raise UserError(f"the tasks of {run.path} have inputs of several parts, of which there is no picture")
-    from toolkit.plots.figures import example as drawn
+    from toolkit.plots import figures
+    from toolkit.plots.animation import animate
+    from toolkit.plots.landscape import landscape as drawn
     from toolkit.plots.save import save
 
-    opened = Run(run.path)
+    opened, title = Run(run.path), f"{learner.name} on {flags.sampler}, test task {index}"
     opened.__dict__["example"] = tensors  # in place of the one in the folder, which is task 0
-    return save(drawn(opened), run.path / f"task-{index}")
+    made = {f"task-{index}": figures.example(opened)}
+    if path:
+        task = move(take(draw(tasks.test, 1, flags.eval_seed, index, "test"), 0), flags.device)
+        made[f"path-{index}"] = drawn(landscape(learner, weights, task, steps), title)
+    written = [file for name, figure in made.items() for file in save(figure, run.path / name)]
+    if gif:
+        all_steps = example(flags, learner, weights, tasks.test, index, range(steps + 1))
+        written.append(animate(all_steps, title, run.path / f"adaptation-{index}.gif"))
+    return written
 
 
 def _code(words: Sequence[str]) -> list[str]:

@@ -114,6 +114,8 @@ def _finished(command: Add) -> None:
     show = command("show-task", "draw a test task of a saved run with its predictions", takes_flags=True)
     _run(show)
     show.add_argument("--index", type=int, default=0, help="number of the task; the worst are in summary.json")
+    show.add_argument("--path", action="store_true", help="also draw how the weights walk over the losses around them")
+    show.add_argument("--gif", action="store_true", help="also draw the predictions step by step, as an animation")
     watch = command("watch", "show a run in the terminal while it goes on")
     _run(watch)
     watch.add_argument("--once", action="store_true", help="show it once and leave")

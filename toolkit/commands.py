@@ -131,7 +131,7 @@ def rerun(arguments: argparse.Namespace) -> int:
 def show_task(arguments: argparse.Namespace) -> int:
     from toolkit.again import shown
 
-    print(*shown(Run(arguments.folder), arguments.index, arguments.flags), sep="\n")
+    print(*shown(Run(arguments.folder), arguments.index, arguments.flags, arguments.path, arguments.gif), sep="\n")
     return 0
 
 

@@ -109,11 +109,16 @@ class Curve:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Curve":
-        """The inverse of `to_json`, but that every value that was not finite comes back as NaN."""
+        """The inverse of `to_json`, but that every value that was not finite comes back as NaN. Raises ValueError for what is
+        no curve of at least one task."""
         loss, metric = (
             torch.tensor([[torch.nan if v is None else v for v in row] for row in data[key]], dtype=torch.float64)
             for key in ("loss", "metric")
         )
+        if metric.dim() != 2 or loss.shape != metric.shape:
+            raise ValueError(
+                f"it holds tensors of shape {tuple(loss.shape)} and {tuple(metric.shape)}, not two of (tasks, steps + 1)"
+            )
         return cls(loss, metric, data["metric_name"], data["task_list_hash"])
 
 

@@ -1,5 +1,6 @@
 """The end of a run: its learner on the test tasks, and what the run folder gets of that."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,14 @@ def judged(
     return summary
 
 
-def example(flags: Flags, learner: Learner, meta: Meta, test: TaskSampler, index: int = 0) -> dict[str, torch.Tensor]:
-    """One test task with the predictions after some numbers of steps, for the picture of a task: what has a label of it. Empty
-    where inputs have several parts, which have no picture."""
+def example(
+    flags: Flags, learner: Learner, meta: Meta, test: TaskSampler, index: int = 0, steps: Sequence[int] | None = None
+) -> dict[str, torch.Tensor]:
+    """One test task with the predictions after these numbers of steps, by default some that tell, for the picture of a task:
+    what has a label of it. Empty where inputs have several parts, which have no picture."""
     task = take(draw(test, 1, flags.eval_seed, index, "test"), 0)
-    steps = tuple(sorted({k for k in (*SHOWN_STEPS, learner.steps) if k <= max(flags.eval_steps, learner.steps)}))
+    told = sorted({k for k in (*SHOWN_STEPS, learner.steps) if k <= max(flags.eval_steps, learner.steps)})
+    steps = tuple(told if steps is None else steps)
     if isinstance(task.support.x, dict) or isinstance(task.query.x, dict):
         return {}
     predicted = predictions(learner, meta, move(task, flags.device), steps)

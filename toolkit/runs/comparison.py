@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -61,12 +62,17 @@ class Entry:
 
 def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """The runs by method: those that differ in their seed only belong together. A method is called by its algorithm where that
-    tells it from the others, else by its first folder."""
+    tells it from the others, else by its first folder. Raises UserError for two runs of one method and seed."""
     found: dict[str, list[Run]] = {}
     for run in runs:
         kept = {key: value for key, value in run.config.items() if key not in (*NOT_HASHED, "seed")}
         found.setdefault(str(sorted(kept.items(), key=str)), []).append(run)
     groups = [sorted(group, key=lambda run: int(run.config["seed"])) for group in found.values()]
+    for first, second in (pair for group in groups for pair in pairwise(group)):
+        if first.config["seed"] == second.config["seed"]:
+            raise UserError(
+                f"{first.path} and {second.path} are one method with the same seed {first.config['seed']}; give one of them"
+            )
     names = [str(group[0].summary["algorithm"]) for group in groups]
     return {
         name if names.count(name) == 1 else f"{name} ({group[0].path.resolve().name})": group

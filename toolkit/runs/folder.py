@@ -49,8 +49,9 @@ class Run:
     @cached_property
     def curve(self) -> Curve:
         """The test curve, every task."""
+        data = self._json("curve.json")
         try:
-            return Curve.from_json(self._json("curve.json"))
+            return Curve.from_json(data)
         except (KeyError, TypeError, ValueError) as error:
             raise self._damaged("curve.json", error) from None
 

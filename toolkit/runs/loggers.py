@@ -51,6 +51,27 @@ class Console:
             log.info("%s", "  ".join(f"{key} {value:.4g}" for key, value in row.items()))
 
 
+class TensorBoard:
+    """All rows as scalars for `tensorboard --logdir RUN`, in the folder tensorboard of the run folder; needs the package."""
+
+    def __init__(self, folder: Path, start: int = 0) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError(f"--logger tensorboard needs a package ({error}); pip install tensorboard") from None
+        # A resumed run writes anew what it lost; the older points of these iterations are hidden.
+        self.writer = SummaryWriter(folder / "tensorboard", purge_step=start or None)
+
+    def __call__(self, row: Row) -> None:
+        for key, value in row.items():
+            if key != "iteration":
+                group = "validation" if key.startswith("val_") else "rates" if key.startswith("rate/") else "training"
+                self.writer.add_scalar(
+                    f"{group}/{key.removeprefix('val_').removeprefix('rate/')}", value, int(row["iteration"])
+                )
+        self.writer.flush()
+
+
 def loggers(names: Iterable[str], folder: Path, config: dict[str, Any], start: int) -> list[Callable[[Row], object]]:
     """The loggers called `names` (see `toolkit.plugins`) for a run. Raises UserError for one that cannot be made."""
     given = {"folder": folder, "config": config, "start": start}

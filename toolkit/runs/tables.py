@@ -148,6 +148,8 @@ def fill(file: Path) -> bool:
     """Writes into a Markdown file the tables that it asks for: between `<!-- table: FILE ... | COLUMN, ... -->` (files named
     from where it lies; all columns without the second part) and `<!-- end -->`. Returns whether that changed the file. Raises
     UserError where it asks for none, or for a column that there is not."""
+    if not file.is_file():
+        raise UserError(f"there is no file {file}; give Markdown files that ask for tables")
     old = file.read_text()
 
     def table(found: re.Match[str]) -> str:

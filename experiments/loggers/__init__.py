@@ -1,0 +1,1 @@
+"""Loggers for services of others, as plug-ins: `--logger experiments/loggers/offline_wandb.py:Wandb`."""
