@@ -12,6 +12,14 @@ from toolkit.errors import UserError
 # What a command does stands in `commands.py` and is imported when it is called, so that --help comes at once.
 
 
+class Help(argparse.HelpFormatter):
+    """Help with defaults, where there are any to know."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        known = action.default not in (None, False, argparse.SUPPRESS, []) and action.option_strings
+        return f"{action.help} (default: %(default)s)" if known else action.help
+
+
 def main() -> None:
     """Runs the command line. The exit code is 0; 1 where something was found wanting (a sampler with faults, a repetition that
     differs, a model that the doctor objects to); or 2 after one sentence on what to mend."""
@@ -43,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, line: str, takes_flags: bool = False, epilog: str = "") -> argparse.ArgumentParser:
         made = commands.add_parser(
             name, parents=[debug], help=line, description=f"{line[0].upper()}{line[1:]}.", allow_abbrev=False, epilog=epilog,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=Help,
         )  # fmt: skip
         made.set_defaults(takes_flags=takes_flags)
         return made
