@@ -850,14 +850,15 @@ class MixedUp(Learner):
 
 
 class Merging(Learner):
-    """The adapters end up in the weights below them."""
+    """The adapters end up in the weights below them, once a query set is judged outside of derivatives, as in evaluation."""
 
-    def assess(self, meta: Meta, fast: Params, task: Task, k: int | None = None) -> Score:
-        score = super().assess(meta, fast, task, k)
-        for layer in ("body", "head"):
-            update = (fast[f"{layer}.lora_B.weight"] @ fast[f"{layer}.lora_A.weight"]).detach()
-            self.model.get_parameter(f"{layer}.base_layer.weight").data.add_(update)
-        return score
+    def predict(self, meta: Meta, fast: Params, x: Any, support_x: Any = None, k: int | None = None) -> Tensor:
+        result = super().predict(meta, fast, x, support_x, k)
+        if support_x is not None and not torch._C._functorch.maybe_current_level():
+            for layer in ("body", "head"):
+                update = (fast[f"{layer}.lora_B.weight"] @ fast[f"{layer}.lora_A.weight"]).detach()
+                self.model.get_parameter(f"{layer}.base_layer.weight").data.add_(update)
+        return result
 
 
 @dataclass(frozen=True)

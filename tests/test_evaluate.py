@@ -480,9 +480,13 @@ def test_the_interval_covers_the_true_mean_in_95_of_100_cases(tasks: int) -> Non
     assert 0.935 <= ((curve.mean() - 3).abs() <= curve.ci95()).double().mean() <= 0.965
 
 
-def test_json_round_trip_keeps_every_bit() -> None:
+@pytest.mark.parametrize("single", [False, True])
+def test_json_round_trip_keeps_every_bit(single: bool) -> None:
     curve = random_curve(12, 3)
+    if single:
+        curve = replace(curve, loss=curve.loss.float().double(), metric=curve.metric.float().double())
     text = json.dumps(curve.to_json(), allow_nan=False)
+    assert curve.to_json()["single"] == single and (len(text) < 1400) == single
     back = Curve.from_json(json.loads(text))
     assert torch.equal(back.loss, curve.loss) and torch.equal(back.metric, curve.metric)
     assert back.loss.dtype == back.metric.dtype == torch.float64

@@ -24,7 +24,7 @@ from toolkit.plots import figures
 from toolkit.plots.comparison import comparison
 from toolkit.plots.frame import moving_mean
 from toolkit.plots.rates import learned_rates
-from toolkit.plots.save import draw_run, save
+from toolkit.plots.save import draw_run, numbers, save
 from toolkit.rule_line import parse
 from toolkit.runs.folder import Run
 from toolkit.runs.journal import rates
@@ -156,6 +156,8 @@ def test_adaptation_of_several_runs_differs_in_dash_and_marker_and_says_the_numb
         "chance, 20 %",
     ]
     assert not axes.texts
+    series = {row[1] for row in numbers(figure)}
+    assert series >= {"maml (first): mean", "anil (second): mean", "reptile (third): band", "chance", "chance 2"}
 
 
 def test_runs_that_shorten_to_one_name_keep_their_own_legend_entries(tmp_path: Path) -> None:
@@ -280,6 +282,9 @@ def test_errors_are_one_sentence(tmp_path: Path) -> None:
         figures.training([good] * 8)
     (other.path / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="no training rows"):
+        figures.training([Run(other.path)])
+    (other.path / "metrics.jsonl").write_text('{"iteration": 1, "metric": 1.0}\n{"metric": 1.0}\n')
+    with pytest.raises(UserError, match=r"other/metrics.jsonl is damaged \(line 2 is no row of a run, which has"):
         figures.training([Run(other.path)])
     with pytest.raises(UserError, match=r"task card needs images .*\(2, 1\)"):
         figures.task_card(other)
@@ -414,8 +419,8 @@ def drawn(axes: Axes, name: str) -> list[Any]:
     return [line for line in axes.get_lines() if line.get_label() == name]
 
 
-def assert_tidy(figure: Figure) -> None:
-    """No box of text or axes touches another or leaves the figure, no text is small, and the axes keep their room."""
+def assert_tidy(figure: Figure, room: float = 80) -> None:
+    """No box of text or axes touches another or leaves the figure, no text is small, and the axes keep their room (height)."""
     figure.draw_without_rendering()
     shown = [axes for axes in figure.axes if axes.get_visible()]
     legends = [box for box in (axes.get_legend() for axes in shown) if box]
@@ -428,7 +433,7 @@ def assert_tidy(figure: Figure) -> None:
     for box in boxes + [axes.get_tightbbox() for axes in shown]:
         assert figure.bbox.x0 - 0.5 <= box.x0 and box.x1 <= figure.bbox.x1 + 0.5
         assert figure.bbox.y0 - 0.5 <= box.y0 and box.y1 <= figure.bbox.y1 + 0.5
-    assert min(axes.get_window_extent().height for axes in shown) > 80
+    assert min(axes.get_window_extent().height for axes in shown) > room
     assert min(text.get_fontsize() for text in figure.findobj(matplotlib.text.Text)) >= 8
 
 

@@ -91,7 +91,7 @@ def test_the_commands_after_a_run_run(command: list[str], runs: Path, monkeypatc
 
 
 def test_all_commands_are_looked_at() -> None:
-    assert len(EXPERIMENTS) >= 9 and len(AFTER) == 8
+    assert len(EXPERIMENTS) >= 7 and len(AFTER) == 8
 
 
 def test_every_link_and_experiment_exists() -> None:

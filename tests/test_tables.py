@@ -99,6 +99,19 @@ def test_a_file_gets_the_tables_that_it_asks_for_and_nothing_else_changes(place:
     assert fill(place / "README.md") and all(name in (place / "README.md").read_text() for name in COLUMNS)
 
 
+def test_empty_places_are_filled_one_by_one(place: Path) -> None:
+    """A place without a line in it must not reach for the end of the next one."""
+    file(place, {"folder": "b"})
+    asked = (
+        "<!-- table: tables/t.json | method -->\n<!-- end -->\nbetween\n<!-- table: tables/t.json | seeds -->\n<!-- end -->\n"
+    )
+    (place / "README.md").write_text(asked)
+    fill(place / "README.md")
+    text = (place / "README.md").read_text()
+    assert text.count("<!-- table: ") == text.count("<!-- end -->") == 2 and "between" in text
+    assert "| anil |" in text and "| seeds |" in text
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

@@ -99,20 +99,24 @@ class Curve:
         return torch.where(values.isfinite(), values, torch.nan)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists; a value that is not finite becomes None, as JSON has no NaN."""
+        """Plain lists; a value that is not finite becomes None, as JSON has no NaN. What was computed in float32 is written in
+        half the digits, and `single` says so: read as float32 it is the same to the last bit."""
+        single = all(torch.equal(v.float().double().nan_to_num(), v.nan_to_num()) for v in (self.loss, self.metric))
         return {
             "metric_name": self.metric_name,
             "task_list_hash": self.task_list_hash,
-            "loss": _to_lists(self.loss),
-            "metric": _to_lists(self.metric),
+            "single": single,
+            "loss": _to_lists(self.loss, single),
+            "metric": _to_lists(self.metric, single),
         }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Curve":
         """The inverse of `to_json`, but that every value that was not finite comes back as NaN. Raises ValueError for what is
         no curve of at least one task."""
+        kind = torch.float32 if data.get("single") else torch.float64
         loss, metric = (
-            torch.tensor([[torch.nan if v is None else v for v in row] for row in data[key]], dtype=torch.float64)
+            torch.tensor([[torch.nan if v is None else v for v in row] for row in data[key]], dtype=kind).double()
             for key in ("loss", "metric")
         )
         if metric.dim() != 2 or loss.shape != metric.shape:
@@ -122,5 +126,7 @@ class Curve:
         return cls(loss, metric, data["metric_name"], data["task_list_hash"])
 
 
-def _to_lists(values: Tensor) -> list[list[float | None]]:
-    return [[v if v - v == 0 else None for v in row] for row in values.tolist()]
+def _to_lists(values: Tensor, single: bool) -> list[list[float | None]]:
+    # numpy writes a float32 in the fewest digits that tell it from its neighbours.
+    rows = [[float(str(v)) for v in row] for row in values.float().numpy()] if single else values.tolist()
+    return [[v if v - v == 0 else None for v in row] for row in rows]

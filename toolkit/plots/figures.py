@@ -231,7 +231,7 @@ def _pixels(line: Line2D) -> frame.Numbers:
 
 
 def _training(axes: Axes, run: Run, key: str, scale: float, index: int) -> object:
-    rows = [row for row in run.metrics if key in row]
+    rows = frame.rows(run, key)
     if not rows:
         raise UserError(f"{run.path / 'metrics.jsonl'} has no training rows to draw; train for at least one interval")
     line = frame.look(index) | {"marker": ""}
@@ -243,7 +243,7 @@ def _training(axes: Axes, run: Run, key: str, scale: float, index: int) -> objec
 
 def _validation(axes: Axes, run: Run, key: str, scale: float, index: int) -> Legend:
     marks: Legend = []
-    if rows := [row for row in run.metrics if f"val_{key}" in row]:
+    if rows := frame.rows(run, f"val_{key}"):
         at, height = [row["iteration"] for row in rows], frame.column([row[f"val_{key}"] for row in rows], scale)
         bars = frame.column([row.get("val_ci95") if key == "metric" else None for row in rows], scale)
         point = frame.look(index) | {"linestyle": "", "mec": "black", "mew": 0.6, "ecolor": "black", "zorder": 4}

@@ -1,6 +1,7 @@
 """What the drawings share: the style, checks, names, numbers as text, and the title and legend around the axes."""
 
 import math
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib import style
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -47,6 +49,18 @@ def tests_of(runs: Sequence[Run]) -> list[Test]:
         metrics = ", ".join(f"{run.path}: {test['metric']}" for run, test in zip(runs, tests, strict=True))
         raise UserError(f"runs of different metrics ({metrics}) do not fit in one figure; draw them separately")
     return tests
+
+
+def rows(run: Run, key: str) -> list[dict[str, float]]:
+    """The rows of metrics.jsonl that hold `key`. Raises UserError where a line is no row of a run."""
+    for at, row in enumerate(run.metrics, 1):
+        values = [row.get("iteration", ""), *row.values()] if isinstance(row, dict) else [""]
+        if values[0] is None or not all(value is None or isinstance(value, int | float) for value in values):
+            raise UserError(
+                f"{run.path / 'metrics.jsonl'} is damaged (line {at} is no row of a run, which has an iteration and numbers by "
+                "name); restore it or repeat the run"
+            )
+    return [row for row in run.metrics if key in row]
 
 
 def label(run: Run) -> str:
@@ -138,18 +152,24 @@ def look(index: int) -> Keywords:
 def finish(figure: Figure, title: str, runs: Legend, shared: Legend, panels_height: float) -> Figure:
     """Puts the title above and the legend below, and makes the figure so high that `panels_height` inches stay between.
 
-    The legend names every entry of `runs`, also where two have one name, then each name of `shared` once.
+    The legend names every entry of `runs`, also where two have one name, then each name of `shared` once. With several runs,
+    what is drawn of one remembers its name (its text up to a colon or line's end), for the numbers beside the figure.
     """
-    head = _wrap(title, int(CHARACTERS * figure.get_figwidth() / WIDTH))
+    characters = int(CHARACTERS * figure.get_figwidth() / WIDTH)
+    head = _wrap(title, characters)
     figure.suptitle(head)
     lines = head.count("\n") + 1
     entries = runs + [(handle, text) for text, handle in {text: handle for handle, text in shared}.items()]
     if entries:
-        texts = [_wrap(text, CHARACTERS - 4) for _, text in entries]
-        columns = 2 if len(texts) > 2 and max(map(len, texts)) <= CHARACTERS // 2 - 2 else 1
+        texts = [_wrap(text, characters - 4) for _, text in entries]
+        columns = 2 if len(texts) > 2 and max(map(len, texts)) <= characters // 2 - 2 else 1
         handles = [handle for handle, _ in entries]
         figure.legend(handles, texts, loc="outside lower center", ncols=columns)
         lines += math.ceil(sum(text.count("\n") + 1 for text in texts) / columns) + 1
+    for handle, text in runs if len(runs) > 1 else []:
+        for artist in handle if isinstance(handle, tuple) else [handle]:
+            if isinstance(artist, Artist):  # of error bars also tuples of caps
+                artist.set_gid(re.split("[:\n]", text)[0])
     figure.set_figheight(panels_height + lines * LINE + 0.1)
     return figure
 

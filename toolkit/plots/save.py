@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.collections import FillBetweenPolyCollection, PathCollection
-from matplotlib.container import BarContainer, ErrorbarContainer
+from matplotlib.container import BarContainer, Container, ErrorbarContainer
 from matplotlib.figure import Figure
-from matplotlib.patches import StepPatch
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle, StepPatch
 
 from toolkit.files import replace
 from toolkit.plots import figures
@@ -53,57 +55,80 @@ def save(figure: Figure, path: Path) -> list[Path]:
 
 
 COLUMNS = ("panel", "series", "x", "y", "low", "high")
-Row = tuple[int, str, float, float, float | str, float | str]
+Value = float | str  # "" where there is none
+Row = tuple[int, str, Value, Value, Value, Value]
 
 
 def numbers(figure: Figure) -> Iterator[Row]:
-    """What is drawn, as numbers: for each panel, numbered from 0, its lines with their error bars, points and bars. `series` is
-    the name of what was drawn (its label), with a number where several have one name; `low` and `high` are the ends of an
-    interval; a bar's x is its middle. Lines across a whole panel, such as chance, are left out."""
+    """What is drawn, as numbers: for each panel, numbered from 0, its lines with their error bars, bands, points and bars.
+
+    `series` is the name of what was drawn (its label, after the run's where there are several), with a number where several
+    have one name. `low` and `high` are the ends of an interval; a bar's x is its middle, and that of a lying bar is its length.
+    A line across a whole panel, such as chance, has one of x and y, and a band across it has an x and its ends.
+    """
     for panel, axes in enumerate(figure.axes):
         used: dict[str, int] = {}
+        for fallback, artist, points in _drawn(axes):
+            series = _name(artist, fallback)
+            used[series] = used.get(series, 0) + 1
+            series = series if used[series] == 1 else f"{series} {used[series]}"
+            yield from ((panel, series, *point) for point in points)
 
-        def name(label: Any, fallback: str, used: dict[str, int] = used) -> str:
-            text = fallback if str(label).startswith("_") else str(label)
-            used[text] = used.get(text, 0) + 1
-            return text if used[text] == 1 else f"{text} {used[text]}"
 
-        errors = {id(box.lines[0]): box for box in axes.containers if isinstance(box, ErrorbarContainer)}
-        for line in axes.get_lines():
-            if line.get_transform() != axes.transData or any(line in box.lines[1] for box in errors.values()):
-                continue
+def _drawn(axes: Axes) -> Iterator[tuple[str, Any, list[tuple[Value, Value, Value, Value]]]]:
+    errors = {id(box.lines[0]): box for box in axes.containers if isinstance(box, ErrorbarContainer)}
+    caps = {id(cap) for box in errors.values() for cap in box.lines[1]}
+    for line in axes.get_lines():
+        if id(line) not in caps:
             box = errors.get(id(line))
-            series = name(box.get_label() if box else line.get_label(), "line")
-            intervals = [np.ravel(segment)[1::2] for segment in box.lines[2][0].get_segments()] if box and box.has_yerr else []
-            points = line.get_xydata()
-            for i, (x, y) in enumerate(np.asarray(points, dtype=float).tolist()):
-                low, high = (float(v) for v in intervals[i]) if i < len(intervals) and len(intervals[i]) == 2 else ("", "")
-                yield panel, series, x, y, low, high
-        for dots in axes.collections:
-            if isinstance(dots, FillBetweenPolyCollection):
-                series, ends = name(dots.get_label(), "band"), dict[float, list[float]]()
-                for path in dots.get_paths():
-                    for x, y in np.asarray(path.vertices, dtype=float)[:-1].tolist():
-                        ends.setdefault(x, []).append(y)
-                yield from ((panel, series, x, (min(ys) + max(ys)) / 2, min(ys), max(ys)) for x, ys in ends.items())
-            elif isinstance(dots, PathCollection):
-                series = name(dots.get_label(), "points")
-                yield from ((panel, series, float(x), float(y), "", "") for x, y in np.asarray(dots.get_offsets()))
-        for bars in axes.containers:
-            if isinstance(bars, BarContainer):
-                series = name(bars.get_label(), "bars")
-                yield from ((panel, series, b.get_x() + b.get_width() / 2, b.get_height(), "", "") for b in bars)
-        for stairs in axes.patches:
-            if isinstance(stairs, StepPatch):
-                heights, edges, _ = stairs.get_data()
-                series = name(stairs.get_label(), "bars")
-                middles = (edges[:-1] + edges[1:]) / 2
-                yield from ((panel, series, float(x), float(y), "", "") for x, y in zip(middles, heights, strict=True))
+            yield "line", box or line, _of_line(axes, line, box)
+    for dots in axes.collections:
+        if isinstance(dots, FillBetweenPolyCollection):
+            yield "band", dots, _of_band(dots)
+        elif isinstance(dots, PathCollection):
+            yield "points", dots, [(x, y, "", "") for x, y in np.asarray(dots.get_offsets(), dtype=float).tolist()]
+    for bars in axes.containers:
+        if isinstance(bars, BarContainer) and bars.orientation == "vertical":
+            yield "bars", bars, [(b.get_x() + b.get_width() / 2, float(b.get_height()), "", "") for b in bars]
+        elif isinstance(bars, BarContainer):
+            yield "bars", bars, [(float(b.get_width()), b.get_y() + b.get_height() / 2, "", "") for b in bars]
+    for patch in axes.patches:
+        if isinstance(patch, StepPatch):
+            heights, edges, _ = patch.get_data()
+            middles = ((edges[:-1] + edges[1:]) / 2).tolist()
+            yield "bars", patch, [(x, y, "", "") for x, y in zip(middles, heights.tolist(), strict=True)]
+        elif isinstance(patch, Rectangle) and patch.get_data_transform() != axes.transData:  # a span from bottom to top
+            low, high = float(patch.get_x()), float(patch.get_x() + patch.get_width())
+            yield "span", patch, [((low + high) / 2, "", low, high)]
+
+
+def _name(artist: Any, fallback: str) -> str:
+    label, owner = str(artist.get_label()), str((artist[0] if isinstance(artist, Container) else artist).get_gid() or "")
+    label = fallback if label.startswith("_") else label
+    return label if label in owner or label.startswith(owner) else f"{owner}: {label}"
+
+
+def _of_line(axes: Axes, line: Line2D, box: ErrorbarContainer | None) -> list[tuple[Value, Value, Value, Value]]:
+    points = np.asarray(line.get_xydata(), dtype=float).tolist()
+    if line.get_transform() != axes.transData:
+        (x, y), (other, _) = points[0], points[-1]
+        return [(x, "", "", "") if x == other else ("", y, "", "")]
+    intervals = [np.ravel(segment)[1::2].tolist() for segment in box.lines[2][0].get_segments()] if box and box.has_yerr else []
+    ends = [(*pair,) if len(pair) == 2 else ("", "") for pair in intervals] or [("", "")] * len(points)
+    return [(x, y, low, high) for (x, y), (low, high) in zip(points, ends, strict=True)]
+
+
+def _of_band(band: FillBetweenPolyCollection) -> list[tuple[Value, Value, Value, Value]]:
+    ends: dict[float, list[float]] = {}
+    for path in band.get_paths():
+        for x, y in np.asarray(path.vertices, dtype=float)[:-1].tolist():
+            ends.setdefault(x, []).append(y)
+    return [(x, (min(ys) + max(ys)) / 2, min(ys), max(ys)) for x, ys in ends.items()]
 
 
 def draw_run(path: Path) -> list[Path]:
-    """Draws adaptation, training, learned rates where there are any, and the example task (task or fits) into the run folder
-    `path`, from its files alone.
+    """Draws adaptation, training, reliability where it was measured, learned rates where there are any, and the example task
+    (task or fits) into the run folder `path`, from its files alone.
 
     An example that is no image classification and no scalar regression is left out with a log message. Nothing is
     written when a drawing fails. Raises UserError when the folder lacks a file or a test result.

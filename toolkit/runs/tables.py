@@ -20,7 +20,7 @@ COLUMNS = (
     "tasks", "method", "before", "as trained", "at the end", "seeds", "test tasks", "batch norm", "training", "published",
     "command",
 )  # fmt: skip
-MARK = re.compile(r"(<!-- table: (?P<files>[^|>]+?)(?: \| (?P<columns>[^>]+?))? -->\n).*?(\n<!-- end -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- table: (?P<files>[^|>]+?)(?: \| (?P<columns>[^>]+?))? -->\n)(?:.*?\n)?(<!-- end -->)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def fill(file: Path) -> bool:
     def table(found: re.Match[str]) -> str:
         columns = [name.strip() for name in (found["columns"] or ", ".join(COLUMNS)).split(",")]
         rows = [row for name in found["files"].split() for row in read(file.parent / name)]
-        return found[1] + markdown(rows, checked(columns)) + found[4]
+        return found[1] + markdown(rows, checked(columns)) + "\n" + found[4]
 
     if not MARK.search(old):
         raise UserError(f"{file} asks for no table; put <!-- table: FILE --> and <!-- end --> on lines of their own")
