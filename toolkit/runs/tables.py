@@ -20,7 +20,7 @@ COLUMNS = (
     "tasks", "method", "before", "as trained", "at the end", "seeds", "test tasks", "batch norm", "training", "published",
     "command",
 )  # fmt: skip
-MARK = re.compile(r"(<!-- table: (?P<files>[^|>]+?)(?: \| (?P<columns>[^>]+?))? -->\n)(?:.*?\n)?(<!-- end -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- table: (?P<files>[^|>]+?)(?: \| (?P<columns>[^>]+?))? -->\n)(?:.*?\n)??(<!-- end -->)", re.DOTALL)
 
 
 @dataclass(frozen=True)
