@@ -111,6 +111,13 @@ def test_pairs_of_errors_are_on_log_axes_and_leave_out_what_is_not_finite(tmp_pa
     assert_tidy(figure)
 
 
+def test_a_pair_of_one_task_has_no_interval(tmp_path: Path) -> None:
+    figure = pairs([run(tmp_path / "a", values=FIFTHS[:1] * 0), run(tmp_path / "b", "anil", FIFTHS[:1] * 0 + 0.6)])
+    assert legend(figure) == ["1 task", "equal", "mean difference +60.00"]
+    assert drawn(figure)[1, "tasks"][-1, :2] == pytest.approx([60, 1])
+    assert_tidy(figure)
+
+
 @pytest.mark.parametrize("queries", [5, 25, 75, 80])
 def test_ties_stand_around_zero_and_no_difference_on_an_edge(queries: int, tmp_path: Path) -> None:
     first, second = (torch.randint(0, queries + 1, (500, 2), generator=SEED).float().div(queries).double() for _ in range(2))

@@ -99,7 +99,8 @@ def _histogram(axes: Axes, gaps: frame.Numbers, found: Difference, scale: float)
     axes.axvline(0, color="0.35", linestyle=":", linewidth=1.2, label="equal")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     places = 2 if scale > 1 else max(0, 1 - math.floor(math.log10(half))) if half > 0 else 3
-    return [((span, line), f"mean difference {mean:+.{places}f} ± {half:.{places}f} (95 %)")]
+    interval = f" ± {half:.{places}f} (95 %)" if math.isfinite(half) else ""  # of one task there is none
+    return [((span, line), f"mean difference {mean:+.{places}f}{interval}")]
 
 
 def _edges(gaps: frame.Numbers) -> frame.Numbers:

@@ -73,7 +73,7 @@ def _draw(axes: Axes, strip: Axes, diagram: frame.Numbers, index: int, name: str
     seen, look = (share > 0) & np.isfinite(diagram).all(0), frame.look(index)
     x, y = (100 * sums[seen] / share[seen] for sums in (confidence, right))
     # Where all answers of a bin are right, its mark stands on the edge; unclipped, a line without points has endless extent.
-    (line,) = axes.plot(x, y, **look, label=f"{name}: accuracy", clip_on=not seen.any(), zorder=3)
+    (line,) = axes.plot(x, y, **look, label=f"{name}: accuracy", clip_on=not seen.any() or x.max() > 100, zorder=3)
     edges = np.linspace(0, 100, len(share) + 1)
     look = {"color": look["color"], "linestyle": look["linestyle"], "linewidth": 1.2}
     strip.stairs(100 * share, edges, **look, label=f"{name}: queries")
