@@ -70,6 +70,13 @@ def test_who_is_as_sure_as_right_is_calibrated() -> None:
     assert diagram[0].tolist() == [float(b == math.ceil(0.75 * BINS) - 1) for b in range(BINS)]
 
 
+def test_a_diverged_task_is_left_out_of_a_diagram_as_a_whole() -> None:
+    diverged = LOGITS.clone()
+    diverged[0, 0] = math.nan
+    diagrams = torch.stack([reliability(logits, LABELS) for logits in (LOGITS, diverged, LOGITS)])
+    assert torch.allclose(Spread().plus(diagrams).mean(), diagrams[0])
+
+
 @pytest.mark.parametrize("plan", [Plan("vmap"), Plan("loop", trace=True), Plan("threads", chunk=3)], ids=str)
 def test_the_card_is_the_mean_over_tasks_of_each_measure(plan: Plan) -> None:
     own = learner()

@@ -57,7 +57,9 @@ def reliability(prediction: Tensor, y: Tensor) -> Tensor:
     place = (confidence * BINS).ceil().clamp(1, BINS) - 1
     bins = (place.unsqueeze(-1) == torch.arange(BINS, device=y.device)) & (y >= 0).unsqueeze(-1)
     rows = torch.stack([torch.ones_like(confidence), confidence, (chosen == y).to(confidence.dtype)])
-    return rows @ bins.to(confidence.dtype) / (y >= 0).sum().clamp(min=1)
+    diagram = rows @ bins.to(confidence.dtype) / (y >= 0).sum().clamp(min=1)
+    # As one: a mean over tasks must leave a diverged task out of all three rows.
+    return torch.where(prediction.isfinite().all(), diagram, torch.nan)
 
 
 def ece(diagram: Tensor) -> Tensor:
