@@ -99,6 +99,16 @@ def test_an_exact_repetition(finished: Callable[..., Run], tmp_path: Path) -> No
     assert torch.equal(Run(folder).curve.loss, run.curve.loss)
 
 
+def test_a_repetition_has_the_plan_of_the_run(finished: Callable[..., Run], tmp_path: Path) -> None:
+    """Not the one that would be chosen now, whose rounding may differ."""
+    run = finished(tmp_path, "sinusoid")
+    summary = json.loads((run.path / "summary.json").read_text())
+    assert summary["plan"]["map"] != "loop"
+    (run.path / "summary.json").write_text(json.dumps(summary | {"plan": summary["plan"] | {"map": "loop", "trace": False}}))
+    folder, _ = repeated(Run(run.path), [])
+    assert Run(folder).summary["plan"]["map"] == "loop"
+
+
 def test_a_repetition_of_other_numbers_says_so(finished: Callable[..., Run], tmp_path: Path) -> None:
     """Training rows, the test curve and versions, each changed in the first run's files."""
     run = finished(tmp_path, "sinusoid")

@@ -1,8 +1,10 @@
 """The evaluation card: what is measured beside loss and metric, against scipy, numpy and values by hand."""
 
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from toolkit.curve import Spread
 from toolkit.flags import EpisodeFlags, checked
 from toolkit.metrics import BINS, MEASURES, accuracy, brier, by_class, cross_entropy, ece, of_ways, reliability, squared_error
 from toolkit.models import mlp
-from toolkit.runs.summary import command
+from toolkit.runs.summary import card, command
 from toolkit.samplers import Sinusoid
 from toolkit.task import Task, take
 
@@ -149,6 +151,25 @@ def test_the_command_holds_what_differs_from_the_defaults() -> None:
     flags = EpisodeFlags(algorithm="anil", method=("lam=1", "a=2 b"), compile=True, trace=False, resume=True, shots=5)
     words = "--algorithm anil --shots 5 --method lam=1 'a=2 b' --no-trace --compile"
     assert command(flags, "omniglot") == f"python experiments/omniglot.py {words}"
+
+
+def test_the_time_of_a_task_leaves_out_what_the_first_ones_pay_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 tasks are drawn at once: the first took 10 s with all that is made for them, the other six 0.6 s."""
+    clock = iter([0.0, 10.0, 10.0, 10.6])
+    module = importlib.import_module("toolkit.evaluate")
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    own = learner()
+    assert evaluate(own, own.init(), stream, 70, 0).seconds_per_task == pytest.approx(0.1)
+
+
+def test_the_card_of_a_summary_is_that_of_the_curve() -> None:
+    own = learner()
+    curve = evaluate(own, own.init(), stream, 30, 2)
+    found = card(curve, 1)
+    assert found["ece"] == pytest.approx(ece(curve.card["reliability"].mean()).tolist(), abs=1e-6)
+    assert found["nll"] == pytest.approx(curve.mean(curve.loss).tolist(), abs=1e-6)
+    assert found["brier_ci95"] == pytest.approx(curve.card["brier"].ci95().tolist(), abs=1e-6)
+    assert found["worst_tasks"] == curve.worst_tasks()[:, 1].tolist() and len(found["worst_tasks"]) == 3
 
 
 @pytest.fixture

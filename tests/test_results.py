@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from experiments.tools.results import Config, wanted
+from experiments.tools.results import Config, main, wanted
 from experiments.tools.results_table import COMPARISONS, REFERENCE, SHARED_MODEL, comparison, shared_model
+from toolkit import UserError
 from toolkit.runs.folder import Run, config_hash
 from toolkit.runs.tables import MARK, fill
 
@@ -56,6 +59,38 @@ def test_every_reference_run_is_whole(folder: str) -> None:
     assert run.summary["git"] and run.metrics
     for name in ("adaptation.png", "adaptation.pdf", "training.png", "training.pdf"):
         assert (REFERENCE / folder / name).exists()
+
+
+def test_the_runs_that_are_missing_are_made_and_those_that_fail_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = wanted(Config(match="glyphs"))
+    assert [run.folder for run in runs] == [f"glyphs-seed{seed}" for seed in range(3)]
+    (tmp_path / runs[0].folder).mkdir()
+    (tmp_path / runs[0].folder / "summary.json").write_text("{}")
+    made: list[list[str]] = []
+
+    def run(command: list[str], **given: Any) -> Any:
+        folder = Path(command[command.index("--out") + 1])
+        made.append(command[1:])
+        if folder.name.endswith("2"):
+            return SimpleNamespace(returncode=1)
+        folder.mkdir()
+        result = {"test": {"metric": "accuracy", "mean": [0.2, 0.9]}, "inner_steps": 1, "cost": {"seconds": 60}}
+        (folder / "summary.json").write_text(json.dumps(result))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr("experiments.tools.results.subprocess.run", run)
+    with pytest.raises(UserError, match=r"1 of 2 runs failed: glyphs-seed2 .*; mend the cause and start again"):
+        main(Config(match="glyphs", out=tmp_path, jobs=1))
+    ends = [["--seed", str(seed), "--out", str(tmp_path / f"glyphs-seed{seed}"), "--resume"] for seed in (1, 2)]
+    assert made == [["experiments/quickstart.py", *end] for end in ends]
+    assert [path.name for path in tmp_path.glob("*.log")] == ["glyphs-seed2.log"]
+
+
+def test_the_first_seeds_of_all_rows_come_first() -> None:
+    seeds = [int(run.folder[-1]) if "-seed" in run.folder else 0 for run in wanted(Config())]
+    assert seeds == sorted(seeds) and set(seeds) == {0, 1, 2}
 
 
 @pytest.mark.parametrize("folder", COMPARISONS)

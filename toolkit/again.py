@@ -196,8 +196,7 @@ def _weights(run: Run) -> Meta:
 
 
 def _outcome(run: Run) -> Outcome:
-    cost, known = run.summary["cost"], {field.name for field in fields(Plan)}
-    plan = Plan(**{key: value for key, value in run.summary["plan"].items() if key in known})
+    cost, plan = run.summary["cost"], Plan.stored(run.summary["plan"])
     return Outcome(Meta({}, {}), run.summary["selected"], cost["seconds"], plan, cost["peak_mb"])
 
 

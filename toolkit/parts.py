@@ -4,7 +4,7 @@ import copy
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -232,10 +232,9 @@ def kept_plan(folder: Path) -> Plan | None:
     file = folder / "plan.json"
     if not file.exists():
         return None
-    known = {each.name for each in fields(Plan)}
     try:
-        return Plan(**{key: value for key, value in json.loads(file.read_text()).items() if key in known})
-    except (json.JSONDecodeError, AttributeError):
+        return Plan.stored(json.loads(file.read_text()))
+    except (json.JSONDecodeError, TypeError):
         raise UserError(f"{file} is damaged; delete it, and a plan is chosen anew") from None
 
 

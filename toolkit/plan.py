@@ -1,8 +1,8 @@
 """How a learner is mapped over a batch of tasks: a `Plan`, a value. Every plan gives the same gradient up to rounding."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -67,6 +67,11 @@ class Plan:
             *([self.autocast] if self.autocast else []),
         ]
         return ", ".join(words)
+
+    @classmethod
+    def stored(cls, data: dict[str, Any]) -> "Plan":
+        """The plan that a file says; what another version also wrote is left out."""
+        return cls(**{field.name: data[field.name] for field in fields(cls) if field.name in data})
 
     @property
     def records(self) -> bool:
