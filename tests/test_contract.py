@@ -22,6 +22,8 @@ from torch.utils import _pytree as pytree
 from tests.conftest import finite_differences, flat, mean_objective, named, relative, stirred, task_batch
 from toolkit import Batch, Learner, Meta, Plan, State, Task, UserError, algorithms, draw, evaluate, meta_gradient, train
 from toolkit.algorithms import METHODS, PRETRAINED
+from toolkit.distributed import Share, added
+from toolkit.engine import gradient_function
 from toolkit.evaluate import calibrate
 from toolkit.learner import Carry, Score
 from toolkit.objectives import EveryStep, Implicit, with_gradient
@@ -279,13 +281,18 @@ def check_untouched(learner: Learner, *modules: nn.Module, tasks: Task | None = 
 
 
 def check_alone(learner: Learner, tasks: Task) -> None:
-    """A task's scores are the same alone and in a batch, and the batch's gradient is the mean of the tasks' own."""
+    """A task's scores are the same alone and in a batch, and the batch's gradient is the mean of the tasks' own, and the sum of
+    what two processes compute of it."""
     meta = stirred(learner)
     alone = [meta_gradient(learner, meta, take(tasks, slice(i, i + 1))) for i in range(3)]
     for plan in (Plan("vmap"), Plan("loop")):
         grads, scores = meta_gradient(learner, meta, tasks, plan)
         assert relative(scores.task_loss, [own.task_loss for _, own in alone]) < 1e-12
         assert relative(flat(grads), torch.stack([flat(own) for own, _ in alone]).mean(0)) < 1e-12
+        cuts = [(slice(0, 1), Share(0, 3, added, tasks)), (slice(1, 3), Share(1, 3, added, tasks))]
+        parts = [gradient_function(learner, plan)(meta, take(tasks, own), share) for own, share in cuts]
+        assert relative(flat(grads), sum(flat(part) for part, _ in parts)) < 1e-12
+        assert relative(scores.task_loss, sum(found.task_loss for _, found in parts)) < 1e-12
 
 
 def check_alone_when_evaluated(learner: Learner) -> None:

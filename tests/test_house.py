@@ -11,7 +11,7 @@ LAYERS = [
     ["errors", "files"],
     ["plugins", "intervals", "arguments"],
     ["task", "tree"],
-    ["metrics", "kernels", "curve", "modules", "outer", "allocator"],
+    ["metrics", "kernels", "curve", "modules", "outer", "allocator", "distributed"],
     ["norms"],
     ["data", "models", "rules"],
     ["samplers", "learner", "rule_line"],

@@ -9,7 +9,7 @@ import contextlib
 import copy
 import io
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from toolkit.engine import Metrics, exact_attention, gradient_function
+from toolkit.distributed import Share, added
+from toolkit.engine import GradientFunction, Metrics, exact_attention, gradient_function, placed
 from toolkit.errors import UserError, unknown
 from toolkit.learner import Learner, Meta, Score, support_loss
 from toolkit.modules import without_head
@@ -31,7 +32,7 @@ from toolkit.tree import Params
 
 
 @lru_cache(maxsize=8)
-def learn2learn_gradient(learner: Learner, plan: Plan) -> Callable[[Meta, Task], tuple[Meta, Metrics]]:
+def learn2learn_gradient(learner: Learner, plan: Plan) -> GradientFunction:
     """The meta-gradient function of `engine.gradient_function`, by learn2learn. `plan` has no effect: learn2learn takes the
     tasks one by one and keeps the graph of all their inner steps.
 
@@ -43,7 +44,8 @@ def learn2learn_gradient(learner: Learner, plan: Plan) -> Callable[[Meta, Task],
     l2l = _learn2learn()
     looked: list[bool] = []
 
-    def gradient(meta: Meta, tasks: Task) -> tuple[Meta, Metrics]:
+    def gradient(meta: Meta, tasks: Task, share: Share | None = None) -> tuple[Meta, Metrics]:
+        share = share or Share(0, count(tasks), added, tasks)
         if isinstance(tasks.support.x, Padded):
             raise UserError(
                 "learn2learn would count the filling of padded tasks; use the backend 'toolkit', or tasks of one size"
@@ -68,9 +70,10 @@ def learn2learn_gradient(learner: Learner, plan: Plan) -> Callable[[Meta, Task],
                 score = _adapted_score(learner, body, peer.clone(), take(tasks, i))
                 score.loss.backward()  # type: ignore[no-untyped-call]
                 scores.append(Score(score.loss.detach(), score.metric.detach()))
-        task_loss, task_metric = (torch.stack(values) for values in zip(*scores, strict=True))
+        score = Score(*(torch.stack(values) for values in zip(*scores, strict=True)))
         trees = zip(meta, (dict(model.named_parameters()), rates, {}), strict=True)
-        grads = Meta(*(_means(tree, leaves, count(tasks)) for tree, leaves in trees))
+        own = Meta(*(_means(tree, leaves, share.total) for tree, leaves in trees))
+        grads, (task_loss, task_metric) = share.fold([(own, placed(score, share.start, share.total))])
         return grads, Metrics(task_loss.mean(), task_metric.mean(), task_loss, task_metric)
 
     return gradient

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from toolkit.allocator import keep_freed_memory
+from toolkit.distributed import Share, added
 from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta, Score
 from toolkit.plan import Plan, default_plan
@@ -47,11 +48,16 @@ def meta_gradient(learner: Learner, meta: Meta, tasks: Task, plan: Plan | None =
     return gradient_function(learner, plan or default_plan(learner, tasks))(meta, tasks)
 
 
-@lru_cache(maxsize=8)
-def gradient_function(learner: Learner, plan: Plan) -> Callable[[Meta, Task], tuple[Meta, Metrics]]:
-    """`meta_gradient` for a fixed learner and plan, with its threads or recorded code kept for the next call.
+GradientFunction = Callable[..., tuple[Meta, Metrics]]
 
-    The first batch decides whether the front of the model can run once per task (`prefix.shortened`).
+
+@lru_cache(maxsize=8)
+def gradient_function(learner: Learner, plan: Plan) -> GradientFunction:
+    """`meta_gradient` for a fixed learner and plan, as a function of (meta, tasks), with its threads or recorded code kept for
+    the next call.
+
+    The first batch decides whether the front of the model can run once per task (`prefix.shortened`). A third argument, a
+    `Share`, says that the tasks are a part of a larger batch: then the result is that of the whole batch.
     """
     piece_gradient = _recomputed if plan.memory == "recompute" else _unrolled
 
@@ -68,35 +74,48 @@ def gradient_function(learner: Learner, plan: Plan) -> Callable[[Meta, Task], tu
     ready: list[tuple[Learner, Runner]] = []
     prepared: set[Any] = set()
 
-    def prepare(meta: Meta, tasks: Task) -> None:
+    def prepare(meta: Meta, tasks: Task, share: Share) -> None:
         """What only the first batch of these shapes needs."""
         _check_batch(tasks)
         if not ready:
             _refuse_random(learner, plan, tasks)
             if plan.memory == "unroll" and tasks.support.y.device.type == "cpu":
                 keep_freed_memory()
-            one = take(tasks, slice(0, 1))
+            one = take(share.sample, slice(0, 1))
             own = shortened(learner, meta, take(one, 0), learner.steps, lambda each, meta: of_piece(1, each, meta, one))
             ready.append((own, runner(own, plan)))
         if plan.records:
-            pieces = list(plan.pieces(tasks))
+            pieces = [*plan.pieces(share.sample), *plan.pieces(tasks)]
             for piece in (pieces[0], pieces[-1]):
-                recorder(count(tasks)).prepare(ready[0][0], meta, piece)
+                recorder(share.total).prepare(ready[0][0], meta, piece)
 
-    def gradient(meta: Meta, tasks: Task) -> tuple[Meta, Metrics]:
+    def pieces_of(meta: Meta, tasks: Task, share: Share) -> Iterator[tuple[Meta, Score]]:
+        work, place = recorder(share.total), share.start
+        for grads, score in ready[0][1](lambda own, piece: work(own, meta, piece), plan.pieces(tasks)):
+            yield grads, placed(score, place, share.total)
+            place += len(score.loss)
+
+    def gradient(meta: Meta, tasks: Task, share: Share | None = None) -> tuple[Meta, Metrics]:
+        share = share or Share(0, count(tasks), added, tasks)
         with exact_attention():
             if (shapes := tuple(leaf.shape for leaf in pytree.tree_leaves(tasks))) not in prepared:
-                prepare(meta, tasks)
+                prepare(meta, tasks, share)
                 prepared.add(shapes)
-            work, grads, scores = recorder(count(tasks)), None, []
-            for piece_grads, score in ready[0][1](lambda own, piece: work(own, meta, piece), plan.pieces(tasks)):
-                grads = piece_grads if grads is None else _add(grads, piece_grads)
-                scores.append(score)
-        assert grads is not None
-        task_loss, task_metric = (torch.cat(values).detach() for values in zip(*scores, strict=True))
+            grads, (task_loss, task_metric) = share.fold(pieces_of(meta, tasks, share))
         return grads, Metrics(task_loss.mean(), task_metric.mean(), task_loss, task_metric)
 
     return gradient
+
+
+def placed(score: Score, start: int, total: int) -> Score:
+    """The scores of tasks `start`, ... among those of all `total` tasks, 0 for the others: to be added."""
+
+    def wide(values: Tensor) -> Tensor:
+        row = values.new_zeros(total)
+        row[start : start + len(values)] = values.detach()
+        return row
+
+    return Score(*map(wide, score))
 
 
 def _laid_out_like(leaf: Tensor, slope: Tensor) -> Tensor:

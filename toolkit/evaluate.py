@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from toolkit.curve import Curve, Spread
+from toolkit.distributed import ALONE, Group
 from toolkit.engine import Runner, exact_attention, in_double, lift_for, precision, runner
 from toolkit.errors import UserError
 from toolkit.learner import Learner, Loss, Meta
@@ -37,6 +38,7 @@ def evaluate(
     permutations: int = 1,
     trace: bool = False,
     measures: Mapping[str, Loss] | None = None,
+    group: Group = ALONE,
 ) -> Curve:
     """The adaptation curve over tasks 0 .. `tasks` - 1 of the stream (`seed`, `split`), the same for every method.
 
@@ -45,7 +47,8 @@ def evaluate(
     adaptations, each with the class labels in another order (Ye & Chao 2022); classification only. `progress` is
     called with the number of tasks that were just finished. `trace` records the work where no plan is given, which pays from
     about a hundred tasks of images on. `measures` are more functions like a metric, of any shape, whose means over tasks become
-    `Curve.card`: by default `metrics.MEASURES` for integer targets, none for others.
+    `Curve.card`: by default `metrics.MEASURES` for integer targets, none for others. A `group` of processes shares the tasks,
+    and each gets the whole curve.
     """
     if tasks < 1 or steps < 0 or permutations < 1:
         raise UserError(
@@ -55,26 +58,36 @@ def evaluate(
     # Made at once: small results kept between large tasks would leave memory in pieces.
     digest, card, spent = hashlib.sha256(), dict[str, Spread](), list[float]()
     scores = {name: torch.empty(tasks, steps + 1, dtype=torch.float64) for name in ("loss", "metric")}
-    for start in range(0, tasks, DRAWN_AT_ONCE):
-        drawn = draw(sampler, min(DRAWN_AT_ONCE, tasks - start), seed, start, split)
-        fingerprint(drawn, digest)
-        drawn = move(drawn, device)
-        plan = plan or replace(default_plan(_judged(learner), drawn), trace=trace)
-        more = measures_of(learner, drawn) if measures is None else tuple(measures.items())
-        began = time.perf_counter()
-        found = judge(learner, plan, steps, permutations, more)(meta, drawn)
-        for name in found[0]:
-            values = torch.cat([piece[name] for piece in found]).cpu()
-            if name in scores:
-                scores[name][start : start + count(drawn)] = values
-            else:
-                card[name] = card.get(name, Spread()).plus(values)
-        spent.append((time.perf_counter() - began) / count(drawn))
-        if progress:
-            progress(count(drawn))
+    # Few tasks are spread evenly; but what a piece holds decides about rounding, which an ordered group keeps as it is alone.
+    size = DRAWN_AT_ONCE if group.ordered else min(DRAWN_AT_ONCE, -(-tasks // group.size))
+    blocks = [range(tasks)[start : start + size] for start in range(0, tasks, size)]
+    for mine in range(0, len(blocks), group.size):
+        found: dict[str, Tensor] = {}
+        for i, block in enumerate(blocks[mine : mine + group.size]):
+            if group.rank and group.rank != i:
+                continue  # process 0 sees all tasks, for their hash
+            drawn = draw(sampler, len(block), seed, block.start, split)
+            fingerprint(drawn, digest)
+            if group.rank == i:
+                drawn = move(drawn, device)
+                plan = plan or replace(default_plan(_judged(learner), drawn), trace=trace)
+                more = measures_of(learner, drawn) if measures is None else tuple(measures.items())
+                began = time.perf_counter()
+                pieces = judge(learner, plan, steps, permutations, more)(meta, drawn)
+                found = {name: torch.cat([piece[name] for piece in pieces]).cpu() for name in pieces[0]}
+                spent.append((time.perf_counter() - began) / len(block))
+        for block, results in zip(blocks[mine:], group.gathered(found), strict=False):
+            for name, values in results.items():
+                if name in scores:
+                    scores[name][block.start : block.stop] = values
+                else:
+                    card[name] = card.get(name, Spread()).plus(values)
+            if progress:
+                progress(len(block))
     # The first tasks also pay for recordings and threads, so the others tell what a task costs.
-    seconds = statistics.median(spent[1:] or spent)
-    return Curve(scores["loss"], scores["metric"], learner.metric_name, digest.hexdigest()[:16], card, seconds)
+    seconds = statistics.median(spent[1:] or spent) if spent else 0.0
+    told = group.gathered((digest.hexdigest()[:16], seconds))[0]
+    return Curve(scores["loss"], scores["metric"], learner.metric_name, told[0], card, told[1])
 
 
 def measures_of(learner: Learner, tasks: Task) -> tuple[tuple[str, Loss], ...]:

@@ -20,13 +20,14 @@ from tqdm import tqdm
 
 from toolkit import parts, plugins
 from toolkit.backend import backend
+from toolkit.distributed import Group, Lost, here
 from toolkit.errors import UserError
 from toolkit.evaluate import calibrate, evaluate
 from toolkit.flags import Flags
 from toolkit.learner import Learner, Meta
-from toolkit.plan import Plan
+from toolkit.plan import Plan, ordered
 from toolkit.runs import checkpoint
-from toolkit.runs.folder import Run, config_hash, prepare, write_json
+from toolkit.runs.folder import NOT_HASHED, Run, config_hash, prepare, source_hash, write_json
 from toolkit.runs.journal import Journal, rates
 from toolkit.runs.loggers import loggers
 from toolkit.runs.summary import Outcome, code_version, command, peak_mb, table
@@ -56,6 +57,8 @@ def run(
     """
     git = code_version()  # now: the files may change while the run goes on
     config = configuration(flags, experiment, learner)
+    group = here(flags.reduce == "ordered")
+    group.agree(facts(config), "start all of them with the same command, on the same code")
     learner = on_device(flags.device, learner)
     trainee, source = learner, training
     if learner.pretrain:
@@ -70,20 +73,27 @@ def run(
         if flags.permutations > 1 and task.support.y.is_floating_point():
             raise UserError(f"--permutations {flags.permutations} needs classes, but these tasks are regression; leave it out")
     folder = flags.out or Path("results") / experiment / flags.run_name
-    kept = parts.kept_plan(folder) if flags.resume else None
-    plan = kept or (parts.plan(flags, trainee, source) if flags.backend == "toolkit" else Plan("loop"))
+    # Measured where nobody else computes, on as many tasks as each gets.
+    plan = group.first(lambda: _plan(replace(flags, tasks=-(-flags.tasks // group.size)), folder, trainee, source))
+    if group.ordered:
+        plan = replace(plan, workers=plan.workers or torch.get_num_threads())
+        torch.set_num_threads(1)  # kernels split sums over their threads, and processes have other numbers of them
     gradient = backend(flags.backend)
     gradient(trainee, plan)  # refuses what it cannot compute, before anything is written
     for name in flags.logger:
         plugins.resolve(name, "loggers")
-    finished = prepare(folder, config, flags.resume, flags.overwrite)
-    write_json(folder / "plan.json", asdict(plan))
+    finished = group.first(lambda: prepare(folder, config, flags.resume, flags.overwrite))
+    if not group.rank:
+        write_json(folder / "plan.json", asdict(plan))
     by = "" if flags.backend == "toolkit" else f", meta-gradient by {flags.backend}, task by task"
-    log.info("%s on %s, %s%s", learner.name, flags.sampler, _describe(learner, plan), by)
-    job = Job(flags, folder, learner, trainee, training, source, validation, plan, gradient, config_hash(config))
+    many = f", {group.size} processes" if group.size > 1 else ""
+    log.info("%s on %s, %s%s%s", learner.name, flags.sampler, _describe(learner, plan), by, many)
+    job = Job(flags, folder, learner, trainee, training, source, validation, plan, gradient, config_hash(config), group)
     outcome = _train(job)
-    traces = {"git": git, "command": command(flags, experiment)}
-    summary = judged(folder, flags, config, learner, outcome, test, chance, traces)
+    traces = {"git": git, "command": command(flags, experiment)} | ({"processes": group.size} if group.size > 1 else {})
+    summary = judged(folder, flags, config, learner, outcome, test, chance, traces, group)
+    if group.rank:
+        return finished
     from toolkit.plots.save import draw_run
 
     draw_run(folder)
@@ -96,6 +106,23 @@ def configuration(flags: Flags, experiment: str, learner: Learner | None = None)
     """The content of config.json: all flags, with the batch-norm policy that the learner settled on."""
     config = {"experiment": experiment} | {k: str(v) if isinstance(v, Path) else v for k, v in asdict(flags).items()}
     return config | ({"batch_norm": learner.batch_norm} if learner and "batch_norm" in config else {})
+
+
+def facts(config: dict[str, Any]) -> dict[str, Any]:
+    """What has to be equal in all processes of a run: its flags, the code, torch."""
+    own = {f"--{key.replace('_', '-')}": value for key, value in config.items() if key not in NOT_HASHED}
+    return own | {"toolkit code": source_hash(), "torch": torch.__version__}
+
+
+def _plan(flags: Flags, folder: Path, trainee: Learner, source: TaskSampler) -> Plan:
+    """The plan of a run's earlier part, or a new one."""
+    kept = parts.kept_plan(folder) if flags.resume else None
+    if kept or flags.backend != "toolkit":
+        return kept or Plan("loop")
+    if flags.reduce == "ordered":
+        chunk = flags.chunk or 1
+        return ordered(parts.plan(replace(flags, chunk=chunk), trainee, source), chunk)
+    return parts.plan(flags, trainee, source)
 
 
 def _describe(learner: Learner, plan: Plan) -> str:
@@ -120,6 +147,7 @@ class Job:
     plan: Plan
     gradient: Gradient
     identity: str
+    group: Group
 
     def handed_over(self, meta: Meta) -> Meta:
         """The learner's own meta-parameters by those of its trainee, with all that evaluation needs."""
@@ -129,22 +157,22 @@ class Job:
 
 def _train(job: Job) -> Outcome:
     """Training with validation, checkpoints, progress and metrics; starts from the newest checkpoint if there is one."""
-    flags, learner = job.flags, job.learner
+    flags, learner, group = job.flags, job.learner, job.group
     checkpoints = job.folder / "checkpoints"
-    best, saved = checkpoint.load_newest(checkpoints, job.identity) or (learner.init(), {})
+    best, saved = group.first(lambda: checkpoint.load_newest(checkpoints, job.identity)) or (learner.init(), {})
     # A checkpoint is read onto the CPU, and training stays on the device of its parameters.
     state = State(saved["iteration"], Meta(**move(saved["meta"], flags.device)), saved["optimizer"]) if saved else None
     selected = saved.get("selected", {})
     done, plan = state.iteration if state else 0, job.plan
     size, seconds = saved.get("metrics_bytes", 0), saved.get("seconds", 0.0)
-    journal = Journal(job.folder / "metrics.jsonl", flags.iterations, size, seconds)
-    # Made now, so that they find the journal as it was at the checkpoint.
-    journal.loggers = loggers(flags.logger, job.folder, Run(job.folder).config, done)
+    journal = Journal(None if group.rank else job.folder / "metrics.jsonl", flags.iterations, size, seconds)
+    if not group.rank:  # now, so that they find the journal as it was at the checkpoint
+        journal.loggers = loggers(flags.logger, job.folder, Run(job.folder).config, done)
     if done:
         log.info("going on after iteration %d", done)
 
     def save() -> None:
-        if state:
+        if state and not group.rank:
             journal.flush()
             journal.sync()
             content = {"selected": selected, "seconds": journal.seconds, "metrics_bytes": journal.size}
@@ -152,15 +180,17 @@ def _train(job: Job) -> Outcome:
             checkpoint.save(checkpoints, state.iteration, best, content, job.identity)
 
     sizes = flags.iterations, flags.tasks, flags.meta_lr, flags.seed
-    records = train(job.trainee, job.source, *sizes, job.plan, state, job.gradient)
-    bar = tqdm(total=flags.iterations, initial=done, desc="train", unit="it", disable=done == flags.iterations)
+    records = train(job.trainee, job.source, *sizes, job.plan, state, job.gradient, group)
+    quiet = done == flags.iterations or group.rank > 0
+    bar = tqdm(total=flags.iterations, initial=done, desc="train", unit="it", disable=quiet)
     with bar, _stop_signals() as stopped:
         try:
             for record in records:
                 state = record.state
                 if record.plan != plan:  # memory ran out
                     plan = record.plan
-                    write_json(job.folder / "plan.json", asdict(plan))
+                    if not group.rank:
+                        write_json(job.folder / "plan.json", asdict(plan))
                 if row := journal.add(record):
                     bar.set_postfix(_shown(row, record, learner, flags.tasks), refresh=False)
                 bar.update()
@@ -175,14 +205,16 @@ def _train(job: Job) -> Outcome:
                     if _better(row, selected, learner):
                         selected, best = row, pytree.tree_map(torch.clone, own)
                     save()
-                if stopped:
+                if group.any(bool(stopped)):
                     save()
                     bar.close()
                     log.info("stopped after iteration %d; the same command with --resume goes on", record.iteration)
-                    sys.exit(128 + stopped[0])
-        except NotFinite as error:
+                    sys.exit(128 + (stopped or [signal.SIGTERM])[0])
+        except (NotFinite, Lost) as error:
             save()
-            raise UserError(f"{error}; everything up to iteration {state.iteration if state else 0} is saved") from None
+            advice = "; the same command with --resume goes on from there" if isinstance(error, Lost) else ""
+            at = state.iteration if state else 0
+            raise UserError(f"{error}; everything up to iteration {at} is saved{advice}") from None
     return Outcome(move(best, flags.device), selected, journal.seconds, plan, peak_mb(flags.device))
 
 
@@ -201,7 +233,7 @@ def _validate(job: Job, meta: Meta) -> dict[str, float]:
     flags, judging = job.flags, parts.judging(job.flags, job.plan)
     steps = flags.eval_steps if job.learner.pretrain else job.learner.steps
     sizes, trace = (flags.val_tasks, steps, flags.eval_seed, "val"), job.plan.records
-    curve = evaluate(job.learner, meta, job.validation, *sizes, judging, trace=trace, measures={})
+    curve = evaluate(job.learner, meta, job.validation, *sizes, judging, trace=trace, measures={}, group=job.group)
     means = {
         "val_loss": curve.mean(curve.loss),
         "val_metric": curve.mean(),

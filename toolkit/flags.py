@@ -1,24 +1,26 @@
 """The command line: flags that all experiments share, presets, and errors as one sentence."""
 
 import logging
+import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
-from toolkit import algorithms, plugins
+from toolkit import algorithms
 from toolkit.arguments import preset, undotted
+from toolkit.distributed import join, leave, said_already, started
 from toolkit.errors import UserError
 from toolkit.learner import Learner
 from toolkit.metrics import accuracy, cross_entropy
 from toolkit.rule_line import parse
 from toolkit.rules import Clip
+from toolkit.tuning import settings, tuned
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -59,6 +61,18 @@ class Flags:
     """Support examples per inner step, in turn; all by default."""
     inner_clip: float | None = None
     """Longest inner gradient of a task (Euclidean); longer ones are scaled down."""
+    adapts: str | None = None
+    """What the inner loop moves, in place of the method's own: patterns for names of parameters, such as "head.*,*.attn.*", and
+    the words head, base (neither head nor adapters), norm, bias, lora, prompt, and last:2, the last two blocks and the head."""
+    freeze: str | None = None
+    """What neither loop moves, named in the same way; base, for example."""
+    lora: int | None = None
+    """Rank of low-rank adapters that are put into the model; they and the head adapt unless --adapts says otherwise."""
+    lora_layers: str = "*"
+    """Layers that get them, patterns for their names; by default all that are linear, convolutional or attention, but the
+    head."""
+    prompts: int | None = None
+    """Learned tokens that are put into a vision transformer; they and the head adapt unless --adapts says otherwise."""
     method: tuple[str, ...] = ()
     """Settings that only this method has, such as lam=0.5 (imaml) or rank=8 (lora_maml); also --algorithm.lam 0.5."""
     sampler_args: tuple[str, ...] = ()
@@ -69,6 +83,8 @@ class Flags:
     """The same for --model.KEY."""
     logger: tuple[str, ...] = ()
     """Where the rows of metrics.jsonl also go: some of `toolkit list loggers`, or your own as above."""
+    pretrained: str | None = None
+    """Weights to start from: default (those that the model's library knows, fetched if they are not here yet), or a file."""
     head: str = "head"
     """Name of the model's last linear layer, for the methods that treat it apart."""
     meta_lr: float = 1e-3
@@ -115,6 +131,11 @@ class Flags:
     """Record the operations of the meta-gradient once and replay them, where that is possible and faster."""
     compile: bool = False
     """Compile the meta-gradient: tens of seconds, then faster for small networks."""
+    reduce: Literal["fast", "ordered"] = "fast"
+    """How processes (torchrun) add their gradients: fast, all at once; ordered, task by task, the same to the last bit for any
+    number of processes."""
+    shard: bool = False
+    """Each process keeps its part of the shared weights and of the optimiser's state only, and gathers them for each step."""
     autocast: Literal["bfloat16", "float16"] | None = None
     """Train with products in this precision; the gradient is then not exact."""
     out: Path | None = None
@@ -177,7 +198,16 @@ def build(flags: Flags, model: nn.Module, classes: int | None = None, **given: A
     given |= {"order": flags.order} if flags.order else {}
     given |= {"batch_norm": flags.batch_norm} if isinstance(flags, EpisodeFlags) and flags.batch_norm else {}
     given |= {"rule": parse(flags.rule)} if flags.rule else {}
+    model, adapts = tuned(
+        model, flags.algorithm, adapts=flags.adapts, freeze=flags.freeze, rank=flags.lora, layers=flags.lora_layers,
+        prompts=flags.prompts, head=flags.head, seed=flags.seed,
+    )  # fmt: skip
+    given |= {"adapts": adapts} if adapts else {}
     learner = algorithms.build(flags.algorithm, model, classes, **given, **settings(flags.algorithm, flags.method))
+    if adapts and learner.adapts != adapts:
+        raise UserError(
+            f"{learner.name} decides itself what adapts; leave out --adapts, --lora and --prompts, or use another method"
+        )
     outer: dict[str, Any] = {"optimizer": flags.meta_optimizer, "schedule": flags.meta_schedule, "clip": flags.meta_clip}
     learner = replace(learner, outer=replace(learner.outer, **{k: v for k, v in outer.items() if v is not None}))
     if learner.outer.optimizer == "sgd" and not flags.meta_optimizer and flags.meta_lr == type(flags)().meta_lr:
@@ -191,37 +221,22 @@ def build(flags: Flags, model: nn.Module, classes: int | None = None, **given: A
     return replace(learner, rule=Clip(learner.rule, flags.inner_clip)) if flags.inner_clip is not None else learner
 
 
-# Of settings whose default does not show their kind.
-KINDS: dict[str, tuple[type, ...]] = {"context": (int,), "layer": (str,), "peft": (bool,), "layers": (tuple, str)}
-
-
-def settings(name: str, pairs: Sequence[str]) -> dict[str, Any]:
-    """Keyword arguments from texts such as "lam=0.5", for what only the method called `name` takes. Raises UserError for a text
-    without "=", for what the method does not take, and for a value of another kind."""
-    method = plugins.resolve(name, "algorithms")
-    common = set(signature(algorithms.maml).parameters) | {"classes"}
-    plugins.takes(method)  # refuses what cannot be called
-    parameters = signature(method).parameters.values()
-    own = {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in common}
-    for pair in pairs:
-        if pair.partition("=")[0] not in own or "=" not in pair:
-            known = ", ".join(own)
-            raise UserError(f"--method {pair}: {name} takes " + (f"{known}, as key=value" if known else "none"))
-    found = plugins.settings(pairs, "--method", method)
-    for key, value in found.items():
-        if key in KINDS and type(value) not in KINDS[key] and value != own[key]:
-            wanted = {int: "a whole number", bool: "True or False", str: "a name"}[KINDS[key][-1]]
-            raise UserError(f"--method {key}={value}: {key} of {name} is {wanted}; give one")
-    return found
-
-
 def launch(flags_type: type[F], body: Callable[[F], object], presets: dict[str, dict[str, Any]], doc: str) -> None:
     """Parses the command line into `flags_type` and calls `body`. A UserError becomes one sentence and exit code 2."""
+    rank = os.environ.get("RANK", "0") if started() else "0"
+    logging.basicConfig(level=logging.WARNING, format="%(message)s" if rank == "0" else f"process {rank}: %(message)s")
+    log.setLevel(logging.INFO if rank == "0" else logging.ERROR)
+    try:
+        _launched(flags_type, body, presets, doc)
+    finally:
+        leave()
+
+
+def _launched(flags_type: type[F], body: Callable[[F], object], presets: dict[str, dict[str, Any]], doc: str) -> None:
     import tyro
 
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    log.setLevel(logging.INFO)
     try:
+        join()
         default = replace(flags_type(), **preset(presets, sys.argv[1:]))
         flags = tyro.cli(flags_type, default=default, description=doc, args=undotted(sys.argv[1:]))
     except UserError as error:
@@ -271,5 +286,6 @@ def checked(flags: T) -> T:
 
 
 def _say(error: UserError) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    if not said_already(str(error)):
+        print(f"error: {error}", file=sys.stderr)
     return 2

@@ -117,6 +117,11 @@ def default_plan(learner: Learner, tasks: Task) -> Plan:
     return Plan("threads", chunk=max(1, min(8, PIXELS_PER_PIECE // pixels)))
 
 
+def ordered(plan: Plan, chunk: int = 1) -> Plan:
+    """The plan for sums in the order of tasks: in pieces of `chunk` tasks. For one task vmap is waste."""
+    return replace(plan, chunk=chunk, map="loop" if plan.map == "vmap" and chunk == 1 else plan.map)
+
+
 def compiled_plan(plan: Plan) -> Plan:
     """The plan compiled. Threads cannot be; compiled code fuses elementwise work, so its pieces may be wider than theirs."""
     wide = replace(plan, map="vmap", chunk=4 * (plan.chunk or 1)) if plan.map == "threads" else plan

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from toolkit import parts
 from toolkit.choose import peak
 from toolkit.curve import Curve
+from toolkit.distributed import ALONE, Group
 from toolkit.evaluate import evaluate, predictions
 from toolkit.flags import Flags
 from toolkit.learner import Learner, Meta
@@ -30,19 +31,22 @@ def judged(
     test: TaskSampler,
     chance: float | None,
     traces: dict[str, Any],
+    group: Group = ALONE,
 ) -> dict[str, Any]:
     """Evaluates on the test tasks that the flags ask for, and writes curve.json, example.safetensors and, last, summary.json,
-    which is returned. `traces` as in `summarise`."""
+    which is returned. `traces` as in `summarise`. Of a group of processes, all evaluate and the first writes."""
     found: list[Curve] = []
     sizes = flags.eval_tasks, flags.eval_steps, flags.eval_seed, "test", parts.judging(flags, outcome.plan)
 
     def work() -> None:
-        with tqdm(total=flags.eval_tasks, desc="test", unit="task") as bar:
+        with tqdm(total=flags.eval_tasks, desc="test", unit="task", disable=group.rank > 0) as bar:
             asked = flags.permutations, outcome.plan.records
-            found.append(evaluate(learner, outcome.best, test, *sizes, bar.update, *asked))
+            found.append(evaluate(learner, outcome.best, test, *sizes, bar.update, *asked, group=group))
 
     held = peak(work, flags.device)
     (curve,) = found
+    if group.rank:
+        return {}
     first = move(take(draw(test, 1, flags.eval_seed), 0), flags.device)
     write_json(folder / "curve.json", curve.to_json())
     if tensors := example(flags, learner, outcome.best, test):

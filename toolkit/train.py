@@ -10,14 +10,16 @@ import torch
 from torch.nn.utils import get_total_norm
 from torch.utils import _pytree as pytree
 
-from toolkit.engine import Metrics, gradient_function
+from toolkit.distributed import ALONE, Group, Share
+from toolkit.engine import GradientFunction, Metrics, gradient_function
 from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta
-from toolkit.plan import Plan, default_plan, out_of_memory
+from toolkit.plan import Plan, default_plan, ordered, out_of_memory
 from toolkit.task import Task, TaskSampler, count, draw, move, stream_seed, take
 
 log = logging.getLogger("toolkit")
-Gradient = Callable[[Learner, Plan], Callable[[Meta, Task], tuple[Meta, Metrics]]]
+Gradient = Callable[[Learner, Plan], GradientFunction]
+COMPARED_EVERY = 100  # iterations, after which processes compare their weights
 
 
 class State(NamedTuple):
@@ -60,11 +62,15 @@ def train(
     plan: Plan | None = None,
     start: State | None = None,
     gradient: Gradient = gradient_function,
+    group: Group = ALONE,
 ) -> Iterator[Record]:
     """Meta-training by the learner's `outer`: iteration i takes tasks i * `tasks` .. (i + 1) * `tasks` - 1 of stream (`seed`,
     "train"). `meta_lr` is the peak of its rate.
 
-    `gradient` computes the meta-gradient in place of our engine: (learner, plan) -> a function of (meta, tasks).
+    `gradient` computes the meta-gradient in place of our engine: (learner, plan) -> a function of (meta, tasks, share), where
+    the share says which part of the meta-batch the tasks are. In a `group` of processes all call this alike, each computes its
+    part of every meta-batch, and all get the same records; an ordered group cuts the batch into the plan's pieces, by default
+    of one task.
 
     Continues from `start` when given, else from `learner.init()`; neither is changed. Runs on the device of these parameters,
     where the model must be too. Yields one record per iteration; the last holds the trained `meta`. Raises UserError at once
@@ -72,7 +78,7 @@ def train(
     """
     if iterations < 1 or tasks < 1 or not 0 < meta_lr < float("inf"):
         raise UserError(f"{iterations} iterations of {tasks} tasks at meta lr {meta_lr}; each must be positive")
-    return _records(learner, sampler, iterations, tasks, meta_lr, seed, plan, start, gradient)
+    return _records(learner, sampler, iterations, tasks, meta_lr, seed, plan, start, gradient, group)
 
 
 def _records(
@@ -85,28 +91,36 @@ def _records(
     plan: Plan | None,
     start: State | None,
     gradient: Gradient,
+    group: Group,
 ) -> Iterator[Record]:
     meta = pytree.tree_map(lambda tensor: tensor.detach().clone(), start.meta if start else learner.init())
     leaves = pytree.tree_leaves(meta)
     optimizer = learner.outer.build(leaves, meta_lr)
     if start:
         optimizer.load_state_dict(copy.deepcopy(start.optimizer))
-    random = None
-    for i in range(start.iteration if start else 0, iterations):
+    device, first = leaves[0].device, start.iteration if start else 0
+    sample = move(draw(sampler, tasks, seed, first * tasks), device)
+    plan = plan or (ordered if group.ordered else lambda plan: plan)(default_plan(learner, sample))
+    part = group.part(tasks, plan.size(tasks) if group.ordered else 1)
+    random = learner.observe(take(sample, 0).support.x).random
+    if random and group.ordered:
+        raise UserError("the model draws random numbers (dropout?), whose order is not that of the tasks; use --reduce fast")
+    for i in range(first, iterations):
+        if i == first or i % COMPARED_EVERY == 0:
+            group.same(meta, i)
         began = time.perf_counter()
-        batch = move(draw(sampler, tasks, seed, i * tasks), leaves[0].device)
-        plan = plan or default_plan(learner, batch)
-        if random is None:
-            random = learner.observe(take(batch, 0).support.x).random
+        whole = len(part) == tasks and i == first
+        batch = sample if whole else move(draw(sampler, len(part), seed, i * tasks + part.start), device)
+        share = Share(part.start, tasks, group.fold, sample if i == first else batch)
         with torch.random.fork_rng(enabled=random):
             if random:
-                torch.manual_seed(stream_seed(seed, "dropout", i))
-            (grads, metrics), plan = _within_memory(gradient, learner.at(i / iterations), plan, meta, batch)
+                torch.manual_seed(stream_seed(seed, f"dropout {group.rank}" if group.rank else "dropout", i))
+            (grads, metrics), plan = _within_memory(gradient, learner.at(i / iterations), plan, meta, batch, share)
         gradients = pytree.tree_leaves(grads)
         length = get_total_norm(gradients)
         if not torch.isfinite(metrics.loss + length):
             raise _not_finite(i, tasks, metrics.task_loss)
-        if not i:
+        if not i and not group.rank:
             _name_unmoved(learner, grads)
         if learner.outer.clip is not None:
             gradients = [g * (learner.outer.clip / length.clamp(min=learner.outer.clip)) for g in gradients]
@@ -119,12 +133,12 @@ def _records(
 
 
 def _within_memory(
-    gradient: Gradient, learner: Learner, plan: Plan, meta: Meta, batch: Task
+    gradient: Gradient, learner: Learner, plan: Plan, meta: Meta, batch: Task, share: Share
 ) -> tuple[tuple[Meta, Metrics], Plan]:
     """The meta-gradient, by a smaller plan when memory runs out, and the plan that was used."""
     while True:
         try:
-            return gradient(learner, plan)(meta, batch), plan
+            return gradient(learner, plan)(meta, batch, share), plan
         except (RuntimeError, MemoryError) as error:
             smaller = plan.smaller(count(batch)) if out_of_memory(error) else None
             if smaller is None:

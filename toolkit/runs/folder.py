@@ -8,6 +8,7 @@ example.safetensors  one test task with predictions                      checkpo
 import hashlib
 import json
 import shutil
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+import toolkit
 from toolkit.curve import Curve
 from toolkit.errors import UserError
 from toolkit.files import replace
@@ -26,7 +28,8 @@ LATER: dict[str, Any] = {
     "order": None, "method": [], "rule": None, "inner_batch": None, "inner_clip": None, "head": "head", "meta_optimizer": None,
     "meta_schedule": None, "meta_clip": None, "permutations": 1, "backend": "toolkit", "train_shots": None,
     "dataset": None, "sampler_args": [], "dataset_args": [], "model_args": [], "train_ways": None,
-    "augment": "none", "support_copies": 0, "trace": True, "autocast": None,
+    "augment": "none", "support_copies": 0, "trace": True, "autocast": None, "adapts": None, "freeze": None, "lora": None,
+    "lora_layers": "*", "prompts": None, "pretrained": None, "reduce": "fast", "shard": False,
 }  # fmt: skip
 
 
@@ -109,6 +112,14 @@ def config_hash(config: dict[str, Any]) -> str:
     config = json.loads(json.dumps(config))  # as config.json is read: tuples are lists there
     kept = {key: value for key, value in config.items() if key not in NOT_HASHED and not (key in LATER and value == LATER[key])}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def source_hash() -> str:
+    """Identifies the code that runs: all of the toolkit, and the script that was started."""
+    digest = hashlib.sha256()
+    for file in (*sorted(Path(toolkit.__file__).parent.rglob("*.py")), Path(sys.argv[0])):
+        digest.update(file.read_bytes() if file.is_file() else b"")
+    return digest.hexdigest()[:16]
 
 
 def prepare(path: Path, config: dict[str, Any], resume: bool, overwrite: bool) -> Run:

@@ -24,16 +24,18 @@ def rates(meta: Meta) -> dict[str, float]:
 class Journal:
     """Appends to `path`. Training records are averaged over windows, and written when one is full.
 
-    A resumed run gives the `size` in bytes that the file had at its checkpoint, so that no row repeats, and the `seconds` that
+    Without a path, as in all processes but the first, the rows are only returned. A resumed run gives the `size` in bytes that the file had at its checkpoint, so that no row repeats, and the `seconds` that
     had passed by then.
     """
 
     def __init__(
-        self, path: Path, iterations: int, size: int = 0, seconds: float = 0.0, loggers: Iterable[Callable[[Row], object]] = ()
+        self, path: Path | None, iterations: int, size: int = 0, seconds: float = 0.0, loggers: Iterable[Callable[[Row], object]] = ()
     ) -> None:
         self.path, self.every, self.loggers = path, -(-iterations // ROWS), list(loggers)
         self.window: list[Record] = []
         self.began = time.perf_counter() - seconds
+        if path is None:
+            return
         with open(path, "ab") as file:
             if file.tell() < size:
                 log.warning("%s is shorter than at the checkpoint; the rows in between are lost", path)
@@ -47,7 +49,7 @@ class Journal:
     @property
     def size(self) -> int:
         """The file's length in bytes."""
-        return self.path.stat().st_size
+        return self.path.stat().st_size if self.path else 0
 
     def add(self, record: Record) -> dict[str, float] | None:
         """Notes one iteration. Returns the row when it filled a window."""
@@ -71,6 +73,8 @@ class Journal:
 
     def write(self, row: dict[str, float]) -> None:
         """Appends one row, without the values that are not finite, for which JSON has no name."""
+        if self.path is None:
+            return
         finite = {key: value for key, value in row.items() if math.isfinite(value)}
         with open(self.path, "a") as file:
             file.write(json.dumps(finite) + "\n")
@@ -83,5 +87,7 @@ class Journal:
 
     def sync(self) -> None:
         """Makes sure that what was written is on the disk."""
+        if self.path is None:
+            return
         with open(self.path, "ab") as file:
             os.fsync(file.fileno())

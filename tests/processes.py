@@ -1,0 +1,143 @@
+"""What one of several processes does in tests/test_distributed.py: `python -m tests.processes CASE FOLDER`, with the variables
+that torchrun sets. What it finds is written to FOLDER/RANK-of-SIZE.pt."""
+
+import os
+import sys
+import time
+from collections import OrderedDict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tests.conftest import convolutional, task_batch
+from toolkit import Batch, Plan, Task, UserError, algorithms, distributed, evaluate, train
+from toolkit.distributed import Group, here, join, leave
+from toolkit.engine import gradient_function
+from toolkit.task import take
+
+TASKS = 5  # which no number of processes beyond one divides
+
+
+class Pictures:
+    """Tasks of random images: two classes, two shots, three queries, float32."""
+
+    def __call__(self, generator: torch.Generator) -> Task:
+        def batch(examples: int) -> Batch:
+            y = torch.arange(examples) % 2
+            return Batch(torch.randn(examples, 1, 12, 12, generator=generator) + y.view(-1, 1, 1, 1), y)
+
+        return Task(batch(4), batch(6))
+
+
+def small() -> nn.Module:
+    """A convolution with batch norm and a head, float32."""
+    torch.manual_seed(3)
+    layers = {"conv": nn.Conv2d(1, 4, 3, stride=2), "norm": nn.BatchNorm2d(4), "act": nn.ReLU(), "flat": nn.Flatten()}
+    return nn.Sequential(OrderedDict(layers, head=nn.Linear(100, 2)))
+
+
+def exact(group: Group) -> dict[str, Any]:
+    """Meta-gradients in float64, fast: of five tasks by several methods and plans."""
+    found, tasks = {}, task_batch(TASKS, shape=(1, 8, 8))
+    part = group.part(TASKS, 1)
+    own = take(tasks, slice(part.start, part.stop))
+    for name in ("maml", "reptile", "imaml"):
+        learner = algorithms.METHODS[name](convolutional(), inner_lr=0.2, inner_steps=2)
+        for plan in (Plan("vmap"), Plan("threads", chunk=2), Plan("loop", memory="recompute")):
+            share = distributed.Share(part.start, TASKS, group.fold, tasks)
+            grads, metrics = gradient_function(learner, plan)(learner.init(), own, share)
+            found[f"{name} {plan}"] = (*grads.params.values(), metrics.loss, metrics.task_loss, metrics.task_metric)
+    return found
+
+
+def ordered(group: Group) -> dict[str, Any]:
+    """Fifty steps of Adam in float32, in order, and the evaluation after them."""
+    torch.set_num_threads(1)
+    group = Group(group.rank, group.size, ordered=True)
+    found: dict[str, Any] = {}
+    for name, plan, steps in (("as it is", None, 5), ("recorded", Plan("threads", chunk=1, workers=2, trace=True), 50)):
+        learner = algorithms.maml(small(), inner_lr=0.2, inner_steps=1)
+        *_, last = train(learner, Pictures(), steps, TASKS, 0.01, plan=plan, group=group)
+        found[name] = (*last.meta.params.values(), torch.tensor([last.loss, last.metric]))
+        curve = evaluate(learner, last.meta, Pictures(), 70, 3, group=group)
+        measured = curve.card["nll"].mean()
+        found[f"{name}, judged"] = curve.loss, curve.metric, measured, torch.tensor(int(curve.task_list_hash, 16) % 2**62)
+    return found
+
+
+def fast(group: Group) -> dict[str, Any]:
+    """The same, fast: equal up to rounding."""
+    learner = algorithms.maml(small().double(), inner_lr=0.2, inner_steps=1)
+
+    def doubled(generator: torch.Generator) -> Task:
+        support, query = Pictures()(generator)
+        return Task(Batch(support.x.double(), support.y), Batch(query.x.double(), query.y))
+
+    *_, last = train(learner, doubled, 10, TASKS, 0.01, group=group)
+    curve = evaluate(learner, last.meta, doubled, 7, 3, group=group)
+    return {"weights": tuple(last.meta.params.values()), "curve": (curve.loss, curve.metric)}
+
+
+def everything(group: Group) -> dict[str, Any]:
+    return {"exact": exact(group), "ordered": ordered(group), "fast": fast(group), "talk": talk(group)}
+
+
+def talk(group: Group) -> dict[str, Any]:
+    """What processes tell each other, and how they disagree."""
+
+    def refused() -> None:
+        raise UserError("only process 0 knows why")
+
+    said = []
+    for attempt in (
+        lambda: group.first(refused),
+        lambda: group.agree({"--inner-lr": 0.4, "--seed": 7 if group.rank == 1 else 0}, "start them alike"),
+        lambda: group.same({"weight": torch.full((3,), float(group.rank))}, 100),
+        lambda: group.part(group.size - 1 or 0, 1) if group.size > 1 else None,
+    ):
+        try:
+            attempt()
+            said.append("")
+        except UserError as error:
+            said.append(str(error))
+    return {
+        "first": group.first(lambda: f"by {group.rank}"),
+        "gathered": group.gathered(group.rank),
+        "any": (group.any(group.rank == group.size - 1), group.any(False)),
+        "said": said,
+        "repeated": [distributed.said_already(f"sentence {i}") for i in range(3)],
+    }
+
+
+def lost(group: Group) -> dict[str, Any]:
+    """The last process dies in the middle of a training, the others notice."""
+    began, learner = time.monotonic(), algorithms.maml(small())
+    try:
+        for record in train(learner, Pictures(), 10_000, TASKS, 0.01, group=group):
+            if record.iteration == 3 and group.rank == group.size - 1:
+                os._exit(9)
+    except UserError as error:
+        return {"said": f"{type(error).__name__}: {error}", "seconds": time.monotonic() - began}
+    return {}
+
+
+def hung(group: Group) -> dict[str, Any]:
+    """The last process stops without dying; the watch ends the others."""
+    if group.rank == group.size - 1:
+        os.kill(os.getpid(), 19)
+    group.gathered(0)
+    return {}
+
+
+if __name__ == "__main__":
+    case, folder = sys.argv[1], Path(sys.argv[2])
+    if case == "absent":
+        distributed.ROLL_CALL = timedelta(seconds=1)
+    join(*((0.3, 2.0) if case == "hung" else ()))
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    result = globals()[case](here())
+    torch.save(result, folder / f"{rank}-of-{size}.pt")
+    leave()
