@@ -19,7 +19,7 @@ from toolkit.models import mlp
 from toolkit.rules import Adam
 from toolkit.runs.checkpoint import load_newest
 from toolkit.samplers import Sinusoid
-from toolkit.task import move
+from toolkit.task import move, take
 
 pytestmark = pytest.mark.gpu
 
@@ -75,3 +75,26 @@ def test_a_run_resumes_on_the_gpu(tmp_path: Path) -> None:
     assert loaded is not None
     on_cpu = algorithms.maml(mlp(), loss=squared_error, metric=squared_error, inner_lr=0.01)
     assert float(evaluate(on_cpu, loaded[0], Sinusoid(10, 20), 7, 2).mean()[-1]) == pytest.approx(mean, rel=1e-3)
+
+
+class Recurrent(torch.nn.Module):
+    """A recurrent network over the three numbers of an example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.body, self.head = torch.nn.LSTM(1, 4, batch_first=True), torch.nn.Linear(4, 2)
+        self.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x.unsqueeze(-1))[0][:, -1])  # type: ignore[no-any-return]
+
+
+def test_recurrent_layers_are_differentiated_twice_without_cudnn() -> None:
+    tasks = task_batch()
+    exact, _ = meta_gradient(cpu := algorithms.maml(Recurrent(), inner_steps=2), cpu.init(), tasks, Plan("loop"))
+    learner = on_gpu(algorithms.maml(Recurrent(), inner_steps=2))
+    grads, _ = meta_gradient(learner, learner.init(), move(tasks, "cuda"), Plan("loop"))
+    assert relative(move(grads, "cpu"), exact) < 1e-10
+    curve = evaluate(learner, learner.init(), lambda generator: take(tasks, 0), tasks=1, steps=2, plan=Plan("loop"))
+    assert bool(curve.loss.isfinite().all())

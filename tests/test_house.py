@@ -18,7 +18,7 @@ LAYERS = [
     ["starts", "objectives"],
     ["learned"],
     ["plan", "prefix", "recorded", "order"],
-    ["engine"],
+    ["engine", "sharded"],
     ["choose"],
     ["algorithms", "train", "evaluate", "landscape"],
     ["backend", "mixture", "probe"],

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from toolkit.distributed import Share, added
-from toolkit.engine import GradientFunction, Metrics, exact_attention, gradient_function, placed
+from toolkit.engine import GradientFunction, Metrics, exact_layers, gradient_function, placed
 from toolkit.errors import UserError, unknown
 from toolkit.learner import Learner, Meta, Score, support_loss
 from toolkit.modules import without_head
@@ -65,7 +65,7 @@ def learn2learn_gradient(learner: Learner, plan: Plan) -> GradientFunction:
         else:
             peer = l2l.algorithms.MAML(adapting, rule.lr, first_order, allow_unused=True)
         scores = []
-        with exact_attention():
+        with exact_layers(learner):
             for i in range(count(tasks)):
                 score = _adapted_score(learner, body, peer.clone(), take(tasks, i))
                 score.loss.backward()  # type: ignore[no-untyped-call]

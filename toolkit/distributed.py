@@ -58,11 +58,13 @@ def added(parts: Iterable[T]) -> T:
 @dataclass(frozen=True)
 class Group:
     """The processes that share one training: the `rank` of this one, 0 first, and their number `size`; whether they add in
-    order. All of them must call the same methods in the same order. Raises `Lost` when one of them is gone."""
+    order, and whether each keeps a part of the optimiser only (`toolkit.sharded`). All of them must call the same methods in
+    the same order. Raises `Lost` when one of them is gone."""
 
     rank: int = 0
     size: int = 1
     ordered: bool = False
+    sharded: bool = False
 
     def part(self, total: int, piece: int) -> range:
         """The tasks of a batch of `total` that are this process's: neighbours, in whole pieces of `piece` tasks. Raises
@@ -182,9 +184,9 @@ def started() -> bool:
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def here(ordered: bool = False) -> Group:
-    """The group that this process has joined; of one process where it has joined none."""
-    return Group(dist.get_rank(), dist.get_world_size(), ordered) if dist.is_initialized() else Group(ordered=ordered)
+def here(ordered: bool = False, sharded: bool = False) -> Group:
+    """The group that this process has joined; of one process where it has joined none, which has nothing to shard."""
+    return Group(dist.get_rank(), dist.get_world_size(), ordered, sharded) if dist.is_initialized() else Group(0, 1, ordered)
 
 
 def join(beat: float = BEAT, patience: float = PATIENCE) -> None:

@@ -9,13 +9,13 @@ import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import grad, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
@@ -97,7 +97,7 @@ def gradient_function(learner: Learner, plan: Plan) -> GradientFunction:
 
     def gradient(meta: Meta, tasks: Task, share: Share | None = None) -> tuple[Meta, Metrics]:
         share = share or Share(0, count(tasks), added, tasks)
-        with exact_attention():
+        with exact_layers(learner):
             if (shapes := tuple(leaf.shape for leaf in pytree.tree_leaves(tasks))) not in prepared:
                 prepare(meta, tasks, share)
                 prepared.add(shapes)
@@ -169,6 +169,27 @@ def precision(plan: Plan, tasks: Task) -> Any:
 def exact_attention() -> Any:
     """Attention by its plain formula: the fused kernels have no second derivative (on the CPU either)."""
     return sdpa_kernel(SDPBackend.MATH)
+
+
+def exact_layers(learner: Learner) -> ExitStack:
+    """Attention and recurrent layers in a form that can be differentiated twice, which cuDNN's recurrent kernels cannot be."""
+    stack = ExitStack()
+    stack.enter_context(exact_attention())
+    if _recurs_by_cudnn(learner):
+        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+    return stack
+
+
+def switched(learner: Learner, task: Task) -> str:
+    """What `exact_layers` switches for a learner, in words; "" for nothing."""
+    attends = learner.observe(task.support.x).attention
+    found = ["attention by its plain formula"] if attends else []
+    found += ["recurrent layers without cuDNN"] if _recurs_by_cudnn(learner) else []
+    return f"{' and '.join(found)}, since the fused kernels cannot be differentiated twice" if found else ""
+
+
+def _recurs_by_cudnn(learner: Learner) -> bool:
+    return torch.backends.cudnn.is_available() and any(isinstance(m, nn.RNNBase) for m in learner.model.modules())
 
 
 Lift = Callable[..., Callable[..., Any]]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from toolkit.curve import Curve, Spread
 from toolkit.distributed import ALONE, Group
-from toolkit.engine import Runner, exact_attention, in_double, lift_for, precision, runner
+from toolkit.engine import Runner, exact_layers, in_double, lift_for, precision, runner
 from toolkit.errors import UserError
 from toolkit.learner import Learner, Loss, Meta
 from toolkit.metrics import MEASURES, is_of_ways, of_ways, within
@@ -127,7 +127,7 @@ def judge(
     ready: list[tuple[Learner, Runner, Recorder]] = []
 
     def score(meta: Meta, tasks: Task) -> list[dict[str, Tensor]]:
-        with exact_attention():
+        with exact_layers(learner):
             if not ready:
                 own, one = _judged(learner), take(tasks, slice(0, 1))
                 work = partial(walk, _label_orders(own, meta, take(tasks, 0), permutations))
@@ -172,7 +172,7 @@ def _label_orders(learner: Learner, meta: Meta, task: Task, permutations: int) -
         return []
     if task.support.y.is_floating_point():
         raise UserError("label orders are averaged for classes only, but y holds floats; use permutations=1")
-    with exact_attention():
+    with exact_layers(learner):
         fast = next(iter(learner.path(meta, task.support, 0)))
         ways = learner.predict(meta, fast, task.query.x, task.support.x, 0).shape[-1]
     generator = torch.Generator().manual_seed(0)
@@ -201,7 +201,7 @@ def calibrate(
     for begin in range(0, tasks, DRAWN_AT_ONCE):
         drawn = move(draw(sampler, min(DRAWN_AT_ONCE, tasks - begin), seed, begin, split), device)
         plan = default_plan(learner, drawn)
-        with exact_attention():
+        with exact_layers(learner):
             for part in runner(learner, plan)(work, plan.pieces(drawn)):
                 total = tree_map(torch.add, total, part) if total else part
     return meta._replace(stats=tree_map(lambda values: values / tasks, total))
@@ -212,7 +212,7 @@ def predictions(learner: Learner, meta: Meta, task: Task, steps: tuple[int, ...]
     """Query outputs of one task after each of these numbers of inner steps, shape (len(steps), queries, outputs)."""
     learner = replace(learner, training=False)
     shown = {}
-    with exact_attention():
+    with exact_layers(learner):
         for k, fast in enumerate(learner.path(meta, task.support, max(steps))):
             if k in steps:
                 shown[k] = learner.predict(meta, fast, task.query.x, task.support.x, k)

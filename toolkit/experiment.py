@@ -21,6 +21,7 @@ from tqdm import tqdm
 from toolkit import parts, plugins
 from toolkit.backend import backend
 from toolkit.distributed import Group, Lost, here
+from toolkit.engine import switched
 from toolkit.errors import UserError
 from toolkit.evaluate import calibrate, evaluate
 from toolkit.flags import Flags
@@ -31,6 +32,7 @@ from toolkit.runs.folder import NOT_HASHED, Run, config_hash, prepare, source_ha
 from toolkit.runs.journal import Journal, rates
 from toolkit.runs.loggers import loggers
 from toolkit.runs.summary import Outcome, code_version, command, peak_mb, table
+from toolkit.sharded import whole
 from toolkit.task import TaskSampler, draw, move, take
 from toolkit.testing import judged
 from toolkit.train import Gradient, NotFinite, Record, State, train
@@ -57,7 +59,7 @@ def run(
     """
     git = code_version()  # now: the files may change while the run goes on
     config = configuration(flags, experiment, learner)
-    group = here(flags.reduce == "ordered")
+    group = here(flags.reduce == "ordered", flags.shard)
     group.agree(facts(config), "start all of them with the same command, on the same code")
     learner = on_device(flags.device, learner)
     trainee, source = learner, training
@@ -88,6 +90,8 @@ def run(
     by = "" if flags.backend == "toolkit" else f", meta-gradient by {flags.backend}, task by task"
     many = f", {group.size} processes" if group.size > 1 else ""
     log.info("%s on %s, %s%s%s", learner.name, flags.sampler, _describe(learner, plan), by, many)
+    if changed := switched(trainee, move(take(draw(source, 1, flags.seed), 0), flags.device)):
+        log.info("%s", changed)
     job = Job(flags, folder, learner, trainee, training, source, validation, plan, gradient, config_hash(config), group)
     outcome = _train(job)
     traces = {"git": git, "command": command(flags, experiment)} | ({"processes": group.size} if group.size > 1 else {})
@@ -172,11 +176,14 @@ def _train(job: Job) -> Outcome:
         log.info("going on after iteration %d", done)
 
     def save() -> None:
-        if state and not group.rank:
+        if not state:
+            return
+        optimizer = whole(state.optimizer)
+        if not group.rank:
             journal.flush()
             journal.sync()
             content = {"selected": selected, "seconds": journal.seconds, "metrics_bytes": journal.size}
-            content |= {"iteration": state.iteration, "meta": state.meta._asdict(), "optimizer": state.optimizer}
+            content |= {"iteration": state.iteration, "meta": state.meta._asdict(), "optimizer": optimizer}
             checkpoint.save(checkpoints, state.iteration, best, content, job.identity)
 
     sizes = flags.iterations, flags.tasks, flags.meta_lr, flags.seed
@@ -210,11 +217,17 @@ def _train(job: Job) -> Outcome:
                     bar.close()
                     log.info("stopped after iteration %d; the same command with --resume goes on", record.iteration)
                     sys.exit(128 + (stopped or [signal.SIGTERM])[0])
-        except (NotFinite, Lost) as error:
+        except Lost as error:
+            # Parts of the optimiser are gone with their process; then the newest checkpoint must do.
+            saved_up_to = "" if group.sharded else f"everything up to iteration {state.iteration if state else 0} is saved; "
+            if not group.sharded:
+                save()
+            raise UserError(
+                f"{error}; {saved_up_to}the same command with --resume goes on from the newest checkpoint"
+            ) from None
+        except NotFinite as error:
             save()
-            advice = "; the same command with --resume goes on from there" if isinstance(error, Lost) else ""
-            at = state.iteration if state else 0
-            raise UserError(f"{error}; everything up to iteration {at} is saved{advice}") from None
+            raise UserError(f"{error}; everything up to iteration {state.iteration if state else 0} is saved") from None
     return Outcome(move(best, flags.device), selected, journal.seconds, plan, peak_mb(flags.device))
 
 

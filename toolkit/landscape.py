@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from toolkit.engine import exact_attention
+from toolkit.engine import exact_layers
 from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta, support_loss
 from toolkit.plan import default_plan
@@ -71,7 +71,7 @@ def landscape(learner: Learner, meta: Meta, task: Task, steps: int, grid: int = 
     if steps < 1 or grid < 2 or not margin > 0:
         raise UserError(f"{steps} steps, grid {grid}, margin {margin}; give 1 step or more, a grid of 2, a positive margin")
     learner = replace(learner, training=False)
-    with exact_attention(), torch.random.fork_rng():
+    with exact_layers(learner), torch.random.fork_rng():
         path = list(learner.path(meta, task.support, steps))
         plane, points, explained = spanned(learner, meta, task, path)
         low, high = points.amin(0), points.amax(0)

@@ -53,10 +53,11 @@ class Score(NamedTuple):
 
 
 class Observed(NamedTuple):
-    """What a forward pass of a model was seen to do."""
+    """What a forward pass of a model was seen to do: draw random numbers, normalise by batches, attend by torch's function."""
 
     random: bool
     batch_norm: bool
+    attention: bool
 
 
 Start = Callable[["Learner", Meta, Batch], Params]
@@ -233,13 +234,14 @@ class Learner:
 
     @torch.no_grad()
     def observe(self, x: Input) -> "Observed":
-        """What one forward pass shows: whether it draws random numbers, and whether it uses batch norm."""
+        """What one forward pass shows."""
         meta = self.init()
         with torch.random.fork_rng():
             before = torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())
             _, norms, _ = self._run(self.model, meta, {}, x, None, 0)
             after = torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())
-        return Observed(any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)), bool(norms.seen))
+        random = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        return Observed(random, bool(norms.seen), norms.attention)
 
     @property
     def metric_name(self) -> str:

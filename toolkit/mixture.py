@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils import _pytree as pytree
 
-from toolkit.engine import exact_attention
+from toolkit.engine import exact_layers
 from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta
 from toolkit.task import Batch, Input
@@ -48,7 +48,7 @@ def adapt(learner: Learner, meta: Meta, supports: Batch, steps: int | None = Non
         *_, fast = learner.path(meta, support, steps)
         return fast
 
-    with exact_attention():
+    with exact_layers(learner):
         fast = vmap(walk, randomness="different")(supports)
     return Components(fast, supports.x, steps)
 
@@ -61,7 +61,7 @@ def log_probabilities(learner: Learner, meta: Meta, components: Components, x: I
     def predict(fast: Params, support_x: Input) -> Tensor:
         return learner.predict(meta, fast, x, support_x, components.steps)
 
-    with exact_attention():
+    with exact_layers(learner):
         scores = vmap(predict, randomness="different")(components.fast, components.support_x)
     if scores.dim() != 3 or scores.shape[-1] < 2:
         raise UserError(

@@ -41,16 +41,19 @@ TRANSDUCTIVE = ("batch", "per_step_batch")
 class Norms(TorchFunctionMode):
     """While active, replaces torch's batch, layer and instance norm. Batch norm follows `policy`; with `support_count` only
     the first so many examples of a batch give its statistics, and with `real` (examples,) only those where it holds.
-    `seen` lists afterwards whether there was a batch norm."""
+    `seen` lists afterwards whether there was a batch norm, and `attention` says whether there was torch's attention."""
 
     def __init__(self, policy: str, support_count: int | None = None, real: Tensor | None = None) -> None:
         super().__init__()
         self.policy, self.support_count, self.real = policy, support_count, real
         self.seen: list[tuple[Tensor | None, Tensor, Tensor]] = []
+        self.attention = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func in (F.scaled_dot_product_attention, F.multi_head_attention_forward):
+            self.attention = True
         if func is F.batch_norm:
             return self._batch_norm(*args, **(kwargs or {}))
         if func is torch.conv2d and _is_plain(*args, **(kwargs or {})):

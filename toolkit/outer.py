@@ -30,11 +30,12 @@ class Outer:
         if self.clip is not None and not 0 < self.clip < math.inf:
             raise UserError(f"the meta-gradient's longest length is {self.clip}; give a positive number")
 
-    def build(self, leaves: list[Tensor], meta_lr: float) -> torch.optim.Optimizer:
-        """The optimiser over these tensors."""
+    def build(self, leaves: list[Tensor], meta_lr: float, fused: bool = True) -> torch.optim.Optimizer:
+        """The optimiser over these tensors. `fused` is faster, but rounds the last few numbers of a tensor in another way, so
+        that parts of a tensor come out otherwise than the whole."""
         if self.optimizer == "sgd":
             return torch.optim.SGD(leaves, lr=meta_lr)
-        return torch.optim.Adam(leaves, lr=meta_lr, fused=True)
+        return torch.optim.Adam(leaves, lr=meta_lr, fused=fused)
 
     def rate(self, meta_lr: float, iteration: int, iterations: int) -> float:
         """The rate of iteration 0, 1, ..., `iterations` - 1."""

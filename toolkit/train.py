@@ -15,6 +15,7 @@ from toolkit.engine import GradientFunction, Metrics, gradient_function
 from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta
 from toolkit.plan import Plan, default_plan, ordered, out_of_memory
+from toolkit.sharded import masters, publish, restored
 from toolkit.task import Task, TaskSampler, count, draw, move, stream_seed, take
 
 log = logging.getLogger("toolkit")
@@ -23,7 +24,8 @@ COMPARED_EVERY = 100  # iterations, after which processes compare their weights
 
 
 class State(NamedTuple):
-    """All that the outer loop needs to go on bit for bit: iterations done, meta-parameters, optimiser state."""
+    """All that the outer loop needs to go on bit for bit: iterations done, meta-parameters, optimiser state (in a sharded group
+    this process's parts of it; `sharded.whole` gathers them)."""
 
     iteration: int
     meta: Meta
@@ -95,9 +97,10 @@ def _records(
 ) -> Iterator[Record]:
     meta = pytree.tree_map(lambda tensor: tensor.detach().clone(), start.meta if start else learner.init())
     leaves = pytree.tree_leaves(meta)
-    optimizer = learner.outer.build(leaves, meta_lr)
+    moved = masters(group, leaves)
+    optimizer = learner.outer.build(moved, meta_lr, fused=not group.sharded)
     if start:
-        optimizer.load_state_dict(copy.deepcopy(start.optimizer))
+        optimizer.load_state_dict(restored(group, copy.deepcopy(start.optimizer), leaves))
     device, first = leaves[0].device, start.iteration if start else 0
     sample = move(draw(sampler, tasks, seed, first * tasks), device)
     plan = plan or (ordered if group.ordered else lambda plan: plan)(default_plan(learner, sample))
@@ -125,9 +128,10 @@ def _records(
         if learner.outer.clip is not None:
             gradients = [g * (learner.outer.clip / length.clamp(min=learner.outer.clip)) for g in gradients]
         optimizer.param_groups[0]["lr"] = learner.outer.rate(meta_lr, i, iterations)
-        for leaf, its in zip(leaves, gradients, strict=True):
-            leaf.grad = its
+        for master, its in zip(moved, masters(group, gradients), strict=True):
+            master.grad = its
         optimizer.step()
+        publish(moved, leaves)
         state = State(i + 1, meta, optimizer.state_dict())
         yield Record(i + 1, metrics.loss.item(), metrics.metric.item(), time.perf_counter() - began, state, plan)
 

@@ -22,14 +22,14 @@ from toolkit.errors import UserError
 from toolkit.files import replace
 
 # These say where a run is kept and how it is watched; they cannot change its numbers.
-NOT_HASHED = ("out", "resume", "overwrite", "debug", "data_root", "download", "preset", "logger", "budget", "protocol")
+NOT_HASHED = ("out", "resume", "overwrite", "debug", "data_root", "download", "preset", "logger", "budget", "protocol", "shard")
 # Flags that came after the first version, with the value that leaves everything as it was: runs without them still resume.
 LATER: dict[str, Any] = {
     "order": None, "method": [], "rule": None, "inner_batch": None, "inner_clip": None, "head": "head", "meta_optimizer": None,
     "meta_schedule": None, "meta_clip": None, "permutations": 1, "backend": "toolkit", "train_shots": None,
     "dataset": None, "sampler_args": [], "dataset_args": [], "model_args": [], "train_ways": None,
     "augment": "none", "support_copies": 0, "trace": True, "autocast": None, "adapts": None, "freeze": None, "lora": None,
-    "lora_layers": "*", "prompts": None, "pretrained": None, "reduce": "fast", "shard": False,
+    "lora_layers": "*", "prompts": None, "pretrained": None, "reduce": "fast",
 }  # fmt: skip
 
 

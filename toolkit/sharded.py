@@ -1,0 +1,54 @@
+"""Weights and the outer optimiser in parts, one in each process, for shared models whose optimiser does not fit into one.
+
+Each process keeps a slice (`DTensor`, along the longest axis) of every master weight and of what the optimiser knows about it,
+moves its own, and gathers the whole once per step, since an inner loop reads all weights. So a process holds 2 copies of the
+weights (the gathered ones and their gradient) and 3 / N (its masters and two moments of Adam), where it would hold 4.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.utils import _pytree as pytree
+
+from toolkit.distributed import Group
+
+
+def split(group: Group, tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that all processes have; of one number, all of it."""
+    mesh = init_device_mesh(tensor.device.type, (group.size,))
+    longest = max(range(tensor.dim()), key=lambda dim: tensor.shape[dim], default=None)
+    place = Replicate() if longest is None else Shard(longest)
+    return distribute_tensor(tensor.contiguous(), mesh, [place], src_data_rank=None)
+
+
+def whole(tree: Any) -> Any:
+    """A tree with its parts gathered. All processes must call this together."""
+    return pytree.tree_map(lambda leaf: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf, tree)
+
+
+def masters(group: Group, leaves: list[Tensor]) -> list[Tensor]:
+    """What the outer optimiser moves: the weights themselves, or this process's parts of them."""
+    return [split(group, leaf) for leaf in leaves] if group.sharded else leaves
+
+
+def restored(group: Group, state: dict[str, Any], leaves: list[Tensor]) -> dict[str, Any]:
+    """An optimiser's state for these weights, in parts where the group has them so."""
+    if not group.sharded:
+        return state
+
+    def parts(leaf: Tensor, value: Any) -> Any:
+        return split(group, value) if isinstance(value, Tensor) and value.shape == leaf.shape and leaf.dim() else value
+
+    own = {i: {key: parts(leaves[i], value) for key, value in each.items()} for i, each in state["state"].items()}
+    return state | {"state": own}
+
+
+@torch.no_grad()
+def publish(moved: list[Tensor], leaves: list[Tensor]) -> None:
+    """The weights as their masters are now, in every process."""
+    for master, leaf in zip(moved, leaves, strict=True):
+        if isinstance(master, DTensor):
+            leaf.copy_(master.full_tensor())
