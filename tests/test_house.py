@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 # Who may import whom, lowest first: a module may import those of earlier lines only (and its own room).
 LAYERS = [
     ["errors", "files"],
-    ["plugins", "intervals", "arguments"],
+    ["plugins", "intervals", "arguments", "cluster"],
     ["task", "tree"],
     ["metrics", "kernels", "curve", "modules", "outer", "allocator", "distributed"],
     ["norms"],

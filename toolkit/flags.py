@@ -14,6 +14,7 @@ from torch import nn
 
 from toolkit import algorithms
 from toolkit.arguments import preset, undotted
+from toolkit.cluster import asked, submit, without
 from toolkit.distributed import join, leave, said_already, started
 from toolkit.errors import UserError
 from toolkit.learner import Learner
@@ -136,6 +137,8 @@ class Flags:
     number of processes."""
     shard: bool = False
     """Each process keeps its part of the shared weights and of the optimiser's state only, and gathers them for each step."""
+    slurm: str | None = None
+    """Hand the run to Slurm: nodes=2,gpus=8,minutes=600,partition=NAME (also processes, cpus, memory_gb, account)."""
     autocast: Literal["bfloat16", "float16"] | None = None
     """Train with products in this precision; the gradient is then not exact."""
     out: Path | None = None
@@ -242,7 +245,12 @@ def _launched(flags_type: type[F], body: Callable[[F], object], presets: dict[st
     except UserError as error:
         sys.exit(_say(error))
     try:
-        body(checked(flags) if isinstance(flags, Flags) else flags)
+        checked_flags = checked(flags) if isinstance(flags, Flags) else flags
+        if getattr(flags, "slurm", None):
+            job = submit(without(sys.argv, "--slurm"), asked(flags.slurm))  # type: ignore[attr-defined]
+            print(f"job {job.job_id}; what it says: {job.paths.stdout} and {job.paths.stderr.name}")
+            return
+        body(checked_flags)
     except UserError as error:
         if getattr(flags, "debug", False):
             raise
