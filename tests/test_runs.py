@@ -251,7 +251,8 @@ OTHERS: dict[str, Any] = {
     "meta_optimizer": "sgd", "meta_schedule": "cosine", "meta_clip": 1.0, "permutations": 3, "backend": "learn2learn",
     "train_shots": 5, "dataset": "glyphs", "sampler_args": ("gap=3",), "dataset_args": ("size=14",), "model_args": ("width=8",),
     "train_ways": 7, "augment": "crop-flip", "support_copies": 2, "trace": False,
-    "autocast": "bfloat16",
+    "autocast": "bfloat16", "adapts": "*bias", "freeze": "norm", "lora": 2, "lora_layers": "body*", "prompts": 3,
+    "pretrained": "default", "reduce": "ordered",
 }  # fmt: skip
 
 

@@ -1,20 +1,27 @@
-"""The C library's allocator, told to keep what we will ask for again."""
+"""The C library's allocator, told to keep what we will ask for again, or to keep nothing."""
 
 import ctypes
-from functools import cache
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
-@cache
 def keep_freed_memory() -> bool:
     """Lets this process keep freed blocks of up to a gigabyte. By default glibc maps each large tensor anew, and the system
     fills its pages with zeros first, which costs more than a pass over it. Whether it worked: glibc has this switch only."""
+    return _set(MMAP_THRESHOLD, 2**30) and _set(TRIM_THRESHOLD, 2**31 - 1)
+
+
+def map_each_tensor() -> bool:
+    """Lets every tensor of 64 kB up have pages of its own, which go back to the system with it: the least memory, where long
+    work on many sizes would leave a heap full of gaps, at the price above."""
+    return _set(MMAP_THRESHOLD, 2**16) and _set(TRIM_THRESHOLD, 2**17)
+
+
+def _set(parameter: int, value: int) -> bool:
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        return bool(ctypes.CDLL(None).mallopt(parameter, value))
     except (AttributeError, OSError):
         return False
-    return bool(mallopt(MMAP_THRESHOLD, 2**30) and mallopt(TRIM_THRESHOLD, 2**31 - 1))
 
 
 def return_freed_memory() -> None:

@@ -20,7 +20,7 @@ from torch.func import grad, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from toolkit.allocator import keep_freed_memory
+from toolkit.allocator import keep_freed_memory, map_each_tensor
 from toolkit.distributed import Share, added
 from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta, Score
@@ -79,8 +79,8 @@ def gradient_function(learner: Learner, plan: Plan) -> GradientFunction:
         _check_batch(tasks)
         if not ready:
             _refuse_random(learner, plan, tasks)
-            if plan.memory == "unroll" and tasks.support.y.device.type == "cpu":
-                keep_freed_memory()
+            if tasks.support.y.device.type == "cpu":
+                keep_freed_memory() if plan.memory == "unroll" else map_each_tensor()
             one = take(share.sample, slice(0, 1))
             own = shortened(learner, meta, take(one, 0), learner.steps, lambda each, meta: of_piece(1, each, meta, one))
             ready.append((own, runner(own, plan)))

@@ -1,27 +1,76 @@
-"""Operations on modules: which parameters a selection means, copies that share weights, a model without its head or in two
-parts."""
+"""Operations on modules: which parameters a selection means, a model's blocks, copies that share weights, a model without its
+head or in two parts."""
 
 import copy
+import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
+from difflib import get_close_matches
 
 from torch import nn
 
 from toolkit.errors import UserError
 from toolkit.tree import Selection, matches
 
+SHOWN = 12  # names in a sentence; of more, only the first few
 
-def select(model: nn.Module, adapts: Selection) -> tuple[str, ...]:
-    """The names of the trained parameters that `adapts` selects; a tied parameter is selected by any of its names."""
+
+def select(model: nn.Module, adapts: Selection, said: str | None = None) -> tuple[str, ...]:
+    """The names of the trained parameters that `adapts` selects; a tied parameter is selected by any of its names. `said` is
+    how an error calls it."""
     trained = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
     chosen: set[int] = set()
     for pattern in adapts if isinstance(adapts, tuple) else (adapts,):
         found = {id(p) for name, p in trained if matches(name, pattern)}
         if not found:
-            known = ", ".join(name for name, _ in trained)
-            raise UserError(f"adapts={pattern!r} matches no trained parameter; the model has {known}")
+            raise _nothing([name for name, _ in trained], pattern, said)
         chosen |= found
     return tuple(name for name, p in model.named_parameters() if id(p) in chosen)
+
+
+def _nothing(trained: list[str], pattern: str | Callable[[str], bool], said: str | None) -> UserError:
+    what, near = said or "adapts, a function of names,", list[str]()
+    if isinstance(pattern, str):
+        what = said or f"adapts={pattern!r}"
+        if len(trained) > SHOWN:
+            known = {part: f"*{part}*" for name in trained for part in name.split(".")}
+            known |= {name.partition(".")[0]: f"{name.partition('.')[0]}.*" for name in trained if "." in name}
+            odd = [word for word in re.split(r"[.*?]+", pattern) if not any(word in name for name in trained)]
+            near = [repr(known[found]) for word in odd for found in get_close_matches(word, known, n=2)]
+    hint = f"; near it are {', '.join(near)}" if near else ""
+    return UserError(f"{what} matches no trained parameter{hint}; the model has {listed(trained)}")
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names in a sentence: all, or of many the first few and how many more."""
+    names = list(names)
+    if len(names) <= SHOWN:
+        return ", ".join(names) or "none"
+    return f"{', '.join(names[: SHOWN // 2])} and {len(names) - SHOWN // 2} more"
+
+
+def blocks(model: nn.Module) -> tuple[str, ...]:
+    """The names of the model's blocks, first to last: layers of a transformer, residual blocks, blocks of conv4.
+
+    They are the modules of that type of which one list of the model (`nn.Sequential`, `nn.ModuleList`, `nn.ModuleDict`) holds
+    most, two at least, wherever they stand in such lists. Where there are only lists within lists, they are the entries of the
+    longest; without any, the layers with weights of their own.
+    """
+    lists = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    entries = [
+        (name, f"{name}.{key}".lstrip("."), type(child))
+        for name, module in model.named_modules()
+        if isinstance(module, lists)
+        for key, child in module.named_children()
+        if any(True for _ in child.parameters()) and any(True for _ in child.children())
+    ]
+    most = Counter((place, kind) for place, _, kind in entries)
+    ranked = sorted(most, key=lambda one: (not issubclass(one[1], lists), most[one]), reverse=True)
+    place, kind = next((one for one in ranked if most[one] > 1), ("", None))
+    if kind is None:
+        return tuple(name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False)))
+    found = [name for where, name, own in entries if own is kind and (where == place or not issubclass(kind, lists))]
+    return tuple(name for name in found if not any(name.startswith(f"{other}.") for other in found))
 
 
 def without_head(model: nn.Module, head: str) -> nn.Module | None:

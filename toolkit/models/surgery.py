@@ -1,4 +1,5 @@
-"""Models made from yours: copies with adapters, warp layers, context parameters, an attention head, or another width of head.
+"""Models made from yours: copies with adapters, prompts, warp layers, context parameters, an attention head, or another width
+of head.
 
 Each returns a new module tree and leaves the given model alone; new parameters have telling names, by which a learner adapts
 them or not.
@@ -6,7 +7,7 @@ them or not.
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -15,30 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toolkit.errors import UserError
+from toolkit.models.adapters import Layer, Lora, LoraAttention, Prompted
+from toolkit.modules import listed
 from toolkit.tree import Selection, matches
 
-Layer = nn.Linear | nn.Conv2d
 Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.GroupNorm | nn.InstanceNorm2d
-
-
-class Lora(nn.Module):
-    """`layer` plus a low-rank update, layer(x) + scale B A x; B starts at 0, so at first it is `layer` (Hu et al. 2022,
-    equation 3). For a convolution A has its kernel and B is 1x1."""
-
-    def __init__(self, layer: Layer, rank: int, scale: float) -> None:
-        super().__init__()
-        self.base_layer, self.scale = layer, scale
-        if isinstance(layer, nn.Conv2d):
-            shape = {key: getattr(layer, key) for key in ("kernel_size", "stride", "padding", "dilation")}
-            self.lora_A: nn.Module = nn.Conv2d(layer.in_channels, rank, bias=False, **shape)  # type: ignore[arg-type]
-            self.lora_B: nn.Module = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
-        else:
-            self.lora_A = nn.Linear(layer.in_features, rank, bias=False)
-            self.lora_B = nn.Linear(rank, layer.out_features, bias=False)
-        nn.init.zeros_(self.lora_B.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base_layer(x) + self.scale * self.lora_B(self.lora_A(x))  # type: ignore[no-any-return]
 
 
 class Warp(nn.Module):
@@ -95,11 +77,19 @@ class Attention(nn.Module):
 
 
 def lora(model: nn.Module, rank: int = 4, layers: Selection = "*", peft: bool | None = None, seed: int = 0) -> nn.Module:
-    """A copy with low-rank adapters on all linear and convolutional layers whose name `layers` selects; their parameters have
-    `lora_` in their names. By the peft library if `peft`, by default when it is installed; else by `Lora`, which gives the same
-    function. The weights of the model stay trainable if they were: freeze them to meta-learn the adapters alone."""
+    """A copy with low-rank adapters on all layers whose name `layers` selects, of those that `able` knows; their parameters
+    have `lora_` in their names. By the peft library if `peft`, by default when it is installed; else by `Lora`, which gives the
+    same function. The weights of the model stay trainable if they were: freeze them to meta-learn the adapters alone.
+
+    Attention of torch.nn, convolutions with groups and those that pad with other than zeros always get our own: in the first
+    peft puts constants in place of the weights while it runs, so that they would get no gradient, and adds the update of the
+    output projection twice (0.21); for the others it is another function."""
     if rank < 1:
         raise UserError(f"adapters of rank {rank}; give rank 1 or more")
+    targets = _chosen(model, layers, able(model))
+    own = [name for name in targets if not _as_in_peft(model, name)]
+    if peft and own:
+        raise UserError(f"peft=True cannot be had for {listed(own)}, where peft does another thing; use peft=False")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
@@ -108,10 +98,13 @@ def lora(model: nn.Module, rank: int = 4, layers: Selection = "*", peft: bool | 
             if peft:
                 raise UserError("the adapters of peft need it; run pip install peft, or use peft=False") from None
             peft = False
-        if peft is False:
-            return _replaced(model, layers, lambda name, layer: Lora(layer, rank, 1.0))
+        if peft is False or own:
+            # What lies in an attention gets its adapters before that has another name.
+            targets.sort(key=lambda name: isinstance(model.get_submodule(name), nn.MultiheadAttention))
+            return _exchanged(
+                model, targets, lambda name, m: (LoraAttention if isinstance(m, nn.MultiheadAttention) else Lora)(m, rank, 1.0)
+            )
 
-        targets = _chosen(model, layers)
         trained = {id(p) for p in model.parameters() if p.requires_grad}
         memo: dict[int, object] = {}
         copied = copy.deepcopy(model, memo)
@@ -122,6 +115,50 @@ def lora(model: nn.Module, rank: int = 4, layers: Selection = "*", peft: bool | 
         for name, p in made.named_parameters():
             p.requires_grad_("lora_" in name or id(p) in kept)
         return made.to(next(model.parameters()).dtype)
+
+
+def able(model: nn.Module) -> list[str]:
+    """The names of the layers that can get low-rank adapters: linear and convolutional ones, and attention of torch.nn whose
+    queries, keys and values are of one width (other than its output projection, a layer by itself)."""
+    return [
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear | nn.Conv2d) or (isinstance(m, nn.MultiheadAttention) and m._qkv_same_embed_dim)
+    ]
+
+
+def _as_in_peft(model: nn.Module, name: str) -> bool:
+    layer, around = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    if isinstance(layer, nn.MultiheadAttention) or isinstance(around, nn.MultiheadAttention):
+        return False
+    return not isinstance(layer, nn.Conv2d) or (layer.groups == 1 and layer.padding_mode == "zeros")
+
+
+def prompted(model: nn.Module, tokens: int = 10, seed: int = 0) -> nn.Module:
+    """A copy of a vision transformer (torchvision's or timm's `VisionTransformer`, alone or within `model`) with `tokens`
+    learned tokens beside those of the image, `*.prompt`; see `adapters.Prompted`. At first they are small noise, and the
+    function is another one than the given model's. Raises UserError for other models."""
+    if tokens < 1:
+        raise UserError(f"{tokens} prompts; give at least 1")
+    result = copy.deepcopy(model)
+    for name, module in result.named_modules():
+        if not any(kind.__name__ == "VisionTransformer" for kind in type(module).__mro__):
+            continue
+        inner = "encoder.layers" if hasattr(module, "encoder") else "blocks"
+        blocks = module.get_submodule(inner)
+        norm = next((m for m in blocks.modules() if isinstance(m, nn.LayerNorm)), None)
+        if isinstance(blocks, nn.Sequential) and norm is not None:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                new = Prompted(blocks, tokens, norm.normalized_shape[-1])
+            new.prompt.data = new.prompt.data.to(norm.weight)
+            new.train(blocks.training)
+            result.set_submodule(f"{name}.{inner}".lstrip("."), new)
+            return result
+    raise UserError(
+        f"prompts are put into the vision transformers of torchvision and timm, and {type(model).__name__} is none; use --lora "
+        "or a model such as tv:vit_b_16"
+    )
 
 
 def warped(model: nn.Module, head: str = "head") -> nn.Module:
@@ -139,16 +176,14 @@ def with_context(model: nn.Module, size: int | None = None, layer: str | None = 
     al. 2019, section 5); where normalisation follows, it is that one, since it would undo what comes before it."""
     if size is not None and size < 1:
         raise UserError(f"{size} context parameters; give at least 1")
-    able = {
-        name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d | Norm) and m.weight is not None
-    }
-    convolutions = [name for name, m in able.items() if isinstance(m, nn.Conv2d)]
-    chosen = layer or (convolutions[min(2, len(convolutions) - 1)] if convolutions else next(iter(able), ""))
-    following = dict(pairwise(able)).get(chosen)
-    if layer is None and following and isinstance(able[following], Norm):
+    hear = {name: m for name, m in _called(model, nn.Linear | nn.Conv2d | Norm).items() if m.weight is not None}
+    convolutions = [name for name, m in hear.items() if isinstance(m, nn.Conv2d)]
+    chosen = layer or (convolutions[min(2, len(convolutions) - 1)] if convolutions else next(iter(hear), ""))
+    following = dict(pairwise(hear)).get(chosen)
+    if layer is None and following and isinstance(hear[following], Norm):
         chosen = following
-    if chosen not in able:
-        raise UserError(f"layer={layer!r} cannot listen to context parameters; these layers can: {', '.join(able) or 'none'}")
+    if chosen not in hear:
+        raise UserError(f"layer={layer!r} cannot listen to context parameters; these layers can: {listed(hear)}")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return _exchanged(
@@ -170,11 +205,19 @@ def widened(model: nn.Module, classes: int, head: str = "head", seed: int = 0) -
         return _replaced(model, head, lambda name, layer: nn.Linear(layer.weight.shape[1], classes))
 
 
-def _chosen(model: nn.Module, layers: Selection) -> list[str]:
-    able = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    chosen = [name for name in able if matches(name, layers)]
+def _called(model: nn.Module, kinds: Any) -> dict[str, Any]:
+    """The layers of these kinds by name, but those of which attention of torch.nn only reads the weights."""
+    read = {
+        f"{name}.out_proj".lstrip(".") for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)
+    }
+    return {name: m for name, m in model.named_modules() if isinstance(m, kinds) and name not in read}
+
+
+def _chosen(model: nn.Module, layers: Selection, known: Iterable[str] | None = None) -> list[str]:
+    known = list(_called(model, nn.Linear | nn.Conv2d) if known is None else known)
+    chosen = [name for name in known if matches(name, layers)]
     if not chosen:
-        raise UserError(f"{layers!r} names no linear or convolutional layer of the model; it has {', '.join(able) or 'none'}")
+        raise UserError(f"{layers!r} names no linear or convolutional layer of the model; it has {listed(known)}")
     return chosen
 
 
@@ -186,7 +229,7 @@ def _exchanged(model: nn.Module, names: list[str], made: Callable[[str, Any], nn
     result = copy.deepcopy(model)
     for name in names:
         layer = result.get_submodule(name)
-        new = made(name, layer).to(layer.weight)  # type: ignore[arg-type, call-overload]
+        new = made(name, layer).to(next(layer.parameters()))
         if not name:
             return new
         result.set_submodule(name, new)
