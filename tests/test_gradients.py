@@ -285,7 +285,7 @@ def test_annealed_order_is_first_for_its_fraction_and_then_exact(fraction: str, 
     seen: list[tuple[float, float]] = []
 
     def watched(own: Learner, plan: Plan) -> object:
-        def gradient(meta: Meta, tasks: Task) -> tuple[Meta, Metrics]:
+        def gradient(meta: Meta, tasks: Task, share: object) -> tuple[Meta, Metrics]:
             grads, metrics = gradient_function(own, plan)(meta, tasks)
             seen.append(tuple(relative(grads, meta_gradient(other, meta, tasks, plan)[0]) for other in (first, exact)))
             return grads, metrics

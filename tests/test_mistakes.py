@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from experiments import omniglot, quickstart, sinusoid
 from toolkit import cli
@@ -87,6 +88,8 @@ TOOL = [
     ("doctor --model con4", r"unknown model 'con4'; did you mean 'conv4'"),
     ("doctor --model conv4 --inputs 3,x", r"--inputs 3,x is no shape; write positive whole numbers"),
     ("doctor --model nowhere.py:net", r"there is no file nowhere\.py"),
+    ("doctor --model tv:resnet17 --inputs 3,32,32", r"unknown model of torchvision 'resnet17'; did you mean 'resnet18'"),
+    ("doctor --model tv:resnet18 --inputs 12", r"the model tv:resnet18 needs channels, size"),
 ]
 SCRIPTS: list[tuple[str, str]] = [
     ("sinusoid --preset quik", r"unknown preset 'quik'; did you mean 'quick'|unknown preset 'quik'"),
@@ -100,6 +103,42 @@ SCRIPTS: list[tuple[str, str]] = [
     ("omniglot --data-root nowhere", r"nowhere"),
     ("omniglot --ways 1 --data-root nowhere", r"nowhere|ways"),
     ("quickstart --ways 5000", r"5,?000"),
+    # models of other libraries, and weights
+    ("quickstart --model tv:resnett18", r"unknown model of torchvision 'resnett18'; did you mean 'resnet18'"),
+    ("quickstart --model tvv:resnet18", r"there is no module 'tvv' for 'tvv:resnet18'"),
+    ("quickstart --model tv:vit_b_32", r"is a multiple of 32, and these have 28 pixels; add --model\.resize 32"),
+    ("quickstart --model tv:alexnet", r"tv:alexnet cannot take images of 28 x 28 \(.*\); add --model\.resize 224"),
+    ("quickstart --model tv:squeezenet1_0 --model.resize 64", r"does not end in a linear layer, so it has no head"),
+    ("quickstart --model tv:shufflenet_v2_x0_5 --model.resize big", r"resize is a whole number"),
+    ("quickstart --model tv:shufflenet_v2_x0_5 --model.widht 3", r"cannot be made: .*'widht'"),
+    ("sinusoid --model tv:resnet18", r"--model tv:resnet18 takes square images, but these tasks have numbers of shape \(1,\)"),
+    (
+        "quickstart --model hf:minilm",
+        r"--model hf:minilm takes texts, but these tasks have square images .*; use --model conv4",
+    ),
+    ("quickstart --pretrained default", r"the model conv4 comes without weights; leave out --pretrained"),
+    ("quickstart --pretrained gone.pth", r"there is no file gone\.pth; give --pretrained the path of a file"),
+    ("quickstart --pretrained mine.py", r"--pretrained mine\.py is neither default nor a file of weights"),
+    ("quickstart --pretrained torn.safetensors", r"torn\.safetensors is no file of weights"),
+    (
+        "quickstart --model tv:shufflenet_v2_x0_5 --pretrained other.pth",
+        r"other\.pth does not fit tv:shuff\w*: weight is in it",
+    ),
+    # what adapts
+    ("sinusoid --adapts hed.*", r"--adapts hed\.\* matches no trained parameter; the model has body\.layer0\.weight"),
+    (
+        "quickstart --adapts body.blok1.*",
+        r"near it are '\*block1\*', .*; the model has body\.block0\.conv\.weight, .* and 12 more",
+    ),
+    ("sinusoid --adapts last:9", r"--adapts last:9: the model has 2 blocks, body\.layer0, body\.layer1; give last:1 to last:2"),
+    ("sinusoid --algorithm anil --adapts *.bias", r"anil is the method whose inner loop moves the head, and --adapts \*\.bias"),
+    ("sinusoid --freeze *", r"--freeze \* leaves nothing to train"),
+    ("sinusoid --freeze lora", r"--freeze lora matches no trained parameter"),
+    ("sinusoid --lora 0", r"adapters of rank 0; give rank 1 or more"),
+    ("sinusoid --lora 2 --lora-layers body.layr*", r"--lora-layers body\.layr\* matches no layer that can have adapters"),
+    ("sinusoid --lora-layers body.*", r"there are none; add --lora and their rank"),
+    ("sinusoid --algorithm lora_maml --lora 2", r"lora_maml puts layers of its own into the model; leave --lora out"),
+    ("quickstart --prompts 4", r"prompts are put into the vision transformers of torchvision and timm"),
 ]
 MINE = """
 import torch
@@ -174,6 +213,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy("cut-checkpoint", "glyphs", torn)
     (place / "broken.json").write_text("{")
     (place / "plain.md").write_text("no table here\n")
+    (place / "torn.safetensors").write_bytes(b"torn")
+    torch.save({"weight": torch.ones(2)}, place / "other.pth")
     (place / "plain").mkdir()
     (place / "plain" / "letter.txt").write_text("mine")
     return place

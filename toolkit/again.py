@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toolkit import experiment, parts
+from toolkit import experiment, parts, plugins
 from toolkit.errors import UserError
 from toolkit.flags import EpisodeFlags, Flags, checked
 from toolkit.landscape import landscape
@@ -51,7 +51,7 @@ def flags_of(run: Run, words: Sequence[str] = (), about: str = "") -> Flags:
     given: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in run.config.items() if key in known}
     given |= {"data_root": Path(given["data_root"])} if given.get("data_root") else {}
     given |= {"out": None, "resume": False, "overwrite": False, "logger": (), "protocol": None}
-    untyped: dict[str, Any] = {key: "" for key in CODE if ":" in str(given.get(key) or "")}
+    untyped: dict[str, Any] = {key: "" for key in CODE if plugins.is_code(str(given.get(key) or ""), f"{key}s")}
     flags = tyro.cli(kind, default=kind(**(given | untyped)), args=list(words), prog="toolkit", description=about)
     for key in untyped:
         if not getattr(flags, key):

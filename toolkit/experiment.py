@@ -35,7 +35,7 @@ from toolkit.runs.summary import Outcome, code_version, command, peak_mb, table
 from toolkit.sharded import whole
 from toolkit.task import TaskSampler, draw, move, take
 from toolkit.testing import judged
-from toolkit.train import Gradient, NotFinite, Record, State, train
+from toolkit.train import Gradient, NoMemory, NotFinite, Record, State, train
 from toolkit.tree import numel
 
 log = logging.getLogger("toolkit")
@@ -217,17 +217,14 @@ def _train(job: Job) -> Outcome:
                     bar.close()
                     log.info("stopped after iteration %d; the same command with --resume goes on", record.iteration)
                     sys.exit(128 + (stopped or [signal.SIGTERM])[0])
-        except Lost as error:
-            # Parts of the optimiser are gone with their process; then the newest checkpoint must do.
-            saved_up_to = "" if group.sharded else f"everything up to iteration {state.iteration if state else 0} is saved; "
-            if not group.sharded:
+        except (NotFinite, NoMemory, Lost) as error:
+            # Where this process stands alone, parts of the optimiser are out of reach: then the newest checkpoint must do.
+            if whole_group := isinstance(error, NotFinite) or not group.sharded:
                 save()
-            raise UserError(
-                f"{error}; {saved_up_to}the same command with --resume goes on from the newest checkpoint"
-            ) from None
-        except NotFinite as error:
-            save()
-            raise UserError(f"{error}; everything up to iteration {state.iteration if state else 0} is saved") from None
+            kept = f"; everything up to iteration {state.iteration if state else 0} is saved" if whole_group else ""
+            if not isinstance(error, NotFinite):
+                kept += "; the same command with --resume goes on from the newest checkpoint"
+            raise UserError(f"{error}{kept}") from None
     return Outcome(move(best, flags.device), selected, journal.seconds, plan, peak_mb(flags.device))
 
 

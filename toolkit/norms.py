@@ -128,6 +128,7 @@ _REPLACED: dict[Any, Callable[..., Any]] = {
     F.layer_norm: _layer_norm,
     F.instance_norm: _instance_norm,
     F.adaptive_avg_pool2d: _adaptive_average,
+    F.hardsigmoid: lambda x, inplace=False: (x / 6 + 0.5).clamp(0, 1),  # torch's own has no second derivative
 }
 
 

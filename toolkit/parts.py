@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -19,6 +20,7 @@ from toolkit.errors import UserError, unknown
 from toolkit.flags import Flags, build
 from toolkit.learner import Learner, Loss
 from toolkit.metrics import accuracy, cross_entropy, of_ways, squared_error
+from toolkit.models.weights import load, read
 from toolkit.plan import Plan, compiled_plan, default_plan
 from toolkit.samplers import AllClasses, Augmented, Episodes, crop_flip
 from toolkit.task import Padded, Task, TaskSampler, draw, move, take
@@ -26,8 +28,9 @@ from toolkit.task import Padded, Task, TaskSampler, draw, move, take
 log = logging.getLogger("toolkit")
 F = TypeVar("F", bound=Flags)
 SPLITS = ("train", "val", "test")
-# What our own models take; models that ask for channels or a size take square images.
-WANTED = {"conv4": "square images", "mlp": "numbers", "bag": "feature numbers"}
+# What our own models take, the first of a kind being our advice; models that ask for channels or a size take square images.
+WANTED = {"conv4": "square images", "mlp": "numbers", "bag": "feature numbers", "hf:": "texts"}
+FITS = {"numbers": ("square images",), "texts": ("feature numbers", "several inputs")}  # kinds that are others too
 LOOKED_AT = 8  # tasks of each split, to see what they are like
 
 
@@ -56,13 +59,14 @@ def assemble(flags: F) -> tuple[F, Learner, Tasks]:
     sampler that draws from one, and a model that fits the tasks where the experiment's own does not.
 
     Losses follow from the tasks: cross entropy and accuracy for integer targets, squared error for others. Raises UserError for
-    whatever does not fit, before anything is computed.
+    whatever does not fit, before anything is computed. Test classes that the model was pretrained on are a warning.
     """
     flags, samplers, bank = splits(flags)
     looks = [draw(sampler, LOOKED_AT, flags.seed, split=split) for split, sampler in samplers.items()]
     kind = _kind(list(samplers.values()), looks)
     bank = None if looks[0].support.y.is_floating_point() else bank  # then its classes are no targets
     flags, network = _model(flags, looks[0], kind.outputs)
+    _warn_of_overlap(flags.model, network, _classes(samplers["test"]))
     learner = build(flags, network, bank.classes if bank else None, **kind.score)
     whole = AllClasses(bank, sum(batch.y.shape[1] for batch in looks[0])) if bank else None
     return flags, learner, Tasks(samplers["train"], samplers["val"], samplers["test"], kind.chance, whole)
@@ -171,14 +175,16 @@ def _model(flags: F, tasks: Task, outputs: int) -> tuple[F, nn.Module]:
     x = tasks.support.x.x if isinstance(tasks.support.x, Padded) else tasks.support.x
     inputs = {k: tuple(v.shape[2:]) for k, v in x.items()} if isinstance(x, dict) else tuple(x.shape[2:])
     given: dict[str, Any] = {"inputs": inputs, "outputs": outputs, "ways": outputs, "seed": flags.seed}
+    given |= {"pretrained": flags.pretrained} if flags.pretrained else {}
     kind = "several inputs" if isinstance(x, dict) else "numbers" if x.is_floating_point() else "feature numbers"
     if kind == "numbers" and isinstance(inputs, tuple) and len(inputs) == 3 and inputs[1] == inputs[2]:
         kind, given = "square images", given | {"channels": inputs[0], "size": inputs[1]}
     target = plugins.resolve(flags.model, "models")
     if isinstance(target, nn.Module):
-        return flags, copy.deepcopy(target)
-    wanted = "square images" if {"channels", "size"} & plugins.takes(target) else WANTED.get(flags.model, kind)
-    if wanted != kind and (wanted, kind) != ("numbers", "square images"):
+        return flags, network(flags.model, given)
+    named = WANTED.get("".join(flags.model.partition(":")[:2]), kind)
+    wanted = "square images" if {"channels", "size"} & plugins.takes(target) else named
+    if wanted != kind and kind not in FITS.get(wanted, ()):
         fitting = next((name for name, takes in WANTED.items() if takes == kind), None)
         if flags.model != type(flags)().model or fitting is None:
             advice = f"--model {fitting}" if fitting else "a model of your own, as --model file.py:NAME"
@@ -191,27 +197,61 @@ def _model(flags: F, tasks: Task, outputs: int) -> tuple[F, nn.Module]:
     made = network(flags.model, given, flags.model_args)
     if kind == "feature numbers":
         largest = max(int(batch.x.max()) for batch in tasks if isinstance(batch.x, torch.Tensor))
-        for table in (module for module in made.modules() if isinstance(module, nn.Embedding)):
-            if largest >= table.num_embeddings:
-                raise UserError(
-                    f"the model {flags.model} knows feature numbers below {table.num_embeddings}, but these tasks have "
-                    f"{largest}; give it more, as in --model.features 8192"
-                )
+        tables = [module.num_embeddings for module in made.modules() if isinstance(module, nn.Embedding)]
+        if tables and largest >= max(tables):  # a language model has smaller ones too, of positions
+            raise UserError(
+                f"the model {flags.model} knows feature numbers below {max(tables)}, but these tasks have {largest}; give it "
+                "more, as in --model.features 8192"
+            )
     return flags, made
 
 
 def network(name: str, given: dict[str, Any], pairs: Sequence[str] = ()) -> nn.Module:
     """The model of a name: a copy of the module that it stands for, or what it makes of those of the `given` things that it
-    takes (`inputs`, `outputs`, `ways`, `channels`, `size`, `seed`) and its settings. Raises UserError for what is no model."""
-    target = plugins.resolve(name, "models")
+    takes (`inputs`, `outputs`, `ways`, `channels`, `size`, `seed`, `pretrained`) and its settings. One that does not take
+    `pretrained` gets the weights of that file. Raises UserError for what is no model."""
+    target, pretrained = plugins.resolve(name, "models"), given.get("pretrained")
     if isinstance(target, nn.Module):
-        return copy.deepcopy(target)
+        return _with_weights(copy.deepcopy(target), pretrained, name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(given["seed"])  # for models that take no seed
         made = plugins.call(target, given, plugins.settings(pairs, "--model", target), f"the model {name}")
     if not isinstance(made, nn.Module):
         raise UserError(f"the model {name} made a {type(made).__name__}; a model is an nn.Module, or makes one")
-    return made
+    return made if "pretrained" in plugins.takes(target) else _with_weights(made, pretrained, name)
+
+
+def _with_weights(model: nn.Module, pretrained: str | None, name: str) -> nn.Module:
+    if pretrained == "default":
+        raise UserError(f"the model {name} comes without weights; leave out --pretrained, or give a file of weights")
+    if pretrained:
+        load(model, read(Path(pretrained)), pretrained, f"the model {name}")
+        model.pretrained_on = f"file {Path(pretrained).name}"  # type: ignore[assignment]
+    return model
+
+
+def _classes(sampler: Any) -> tuple[str, ...]:
+    """The names of the classes that a sampler draws from, where it draws from a bank or is around samplers that do."""
+    inner = [getattr(sampler, "sampler", None), *getattr(sampler, "samplers", ())]
+    bank = getattr(sampler, "bank", None)
+    own = bank.names if isinstance(bank, ClassBank) else ()
+    return own + tuple(name for each in inner if each is not None for name in _classes(each))
+
+
+def _warn_of_overlap(name: str, model: nn.Module, classes: Sequence[str]) -> None:
+    """One warning where test classes are among those that the model was pretrained on, by their names; class names that are
+    numbers of WordNet, as in mini-ImageNet, are taken for ImageNet's."""
+    on, seen = getattr(model, "pretrained_on", ""), {_plain(c) for c in getattr(model, "pretrained_classes", ())}
+    both = [c for c in classes if _plain(c) in seen or ("ImageNet" in on and re.fullmatch(r"n\d{8}", c))]
+    if both:
+        log.warning(
+            "%s was pretrained on %s, where %d of the %d test classes occur (%s): they are not new to it",
+            name, on, len(both), len(classes), ", ".join(both[:3]) + ", ..." * (len(both) > 3),
+        )  # fmt: skip
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", " ").strip()
 
 
 def plan(flags: Flags, learner: Learner, training: TaskSampler) -> Plan:

@@ -110,8 +110,8 @@ def default_plan(learner: Learner, tasks: Task) -> Plan:
     if any(isinstance(module, nn.RNNBase | nn.RNNCellBase) for module in modules):
         return Plan("loop")
     convolutional = any(isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) for module in modules)
-    dropout = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0 for m in modules)
-    if tasks.support.y.device.type != "cpu" or not convolutional or dropout:
+    on_cpu = tasks.support.y.device.type == "cpu"
+    if not on_cpu or not convolutional or learner.observe(take(tasks, 0).support.x).random:  # which threads cannot repeat
         return Plan("vmap")
     pixels = sum(leaf.numel() for leaf in pytree.tree_leaves((tasks.support.x, tasks.query.x))) // count(tasks)
     return Plan("threads", chunk=max(1, min(8, PIXELS_PER_PIECE // pixels)))

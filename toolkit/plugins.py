@@ -1,8 +1,9 @@
 """Plug-ins: samplers, datasets, models, algorithms and loggers, found by name and called with what they ask for.
 
 A name is a short one that an installed package registers (an entry point of group `toolkit.samplers`, `toolkit.datasets`, ...;
-the toolkit's own are registered in the same way, in setup.cfg), or `module:attr`, or `path/to/file.py:attr`. Only names that
-the user gives on a command line or in code are resolved; names found in run folders and checkpoints never are.
+the toolkit's own are registered in the same way, in setup.cfg), or `module:attr`, or `path/to/file.py:attr`. A short name may
+stand for a whole library, a function that takes a `name`: `tv:resnet18` is `tv` called with the name "resnet18". Only names
+that the user gives on a command line or in code are resolved; names found in run folders and checkpoints never are.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ import sys
 from ast import literal_eval
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from functools import partial
 from importlib.metadata import EntryPoint, distributions
 from pathlib import Path
 from types import ModuleType
@@ -53,7 +55,8 @@ def listing(kind: str) -> list[Plugin]:
 
 
 def resolve(name: str, kind: str | None = None) -> Any:
-    """The object that `name` means: a short name (of `kind`, or of any), `module:attr` or `path/to/file.py:attr`.
+    """The object that `name` means: a short name (of `kind`, or of any), `library:name`, `module:attr` or
+    `path/to/file.py:attr`. A library's short name goes before a module of that name.
 
     Modules and files are imported from the working folder too. Raises UserError for a name that is not there, with the nearest
     one, for a short name that two packages register, and for a module or file that cannot be imported, with its reason.
@@ -61,18 +64,37 @@ def resolve(name: str, kind: str | None = None) -> Any:
     place, colon, attribute = name.rpartition(":")
     if colon and not (place and attribute):
         raise UserError(f"{name!r} names only half of a plug-in; write module:NAME or path/to/file.py:NAME")
+    kinds = KINDS if kind is None else (kind,)
+    if library := _library(name, kinds):
+        return partial(library, name=name.partition(":")[2])
     if colon:
         return _attribute(_file(Path(place)) if place.endswith(".py") else _module(place, name), attribute, name)
     if name.endswith(".py"):
         raise UserError(f"{name} names a file; say what to take from it, as in {name}:NAME")
-    kinds = KINDS if kind is None else (kind,)
-    found = [entry for each in kinds for entry in _entries(each) if entry.name == name]
+    found = _named(name, kinds)
     if not found:
         raise unknown("plug-in" if kind is None else kind[:-1], name, [known for each in kinds for known in names(each)])
     if len({entry.value for entry in found}) > 1:
         ways = " or ".join(entry.value for entry in found)
         raise UserError(f"{name!r} means more than one plug-in; say which one: {ways}")
     return _load(found[0])
+
+
+def _named(name: str, kinds: Iterable[str]) -> list[EntryPoint]:
+    return [entry for kind in kinds for entry in _entries(kind) if entry.name == name]
+
+
+def _library(name: str, kinds: Iterable[str]) -> Any:
+    """What makes things by their names, where the short name of such a plug-in is in front of a colon; else None."""
+    front, colon, _ = name.partition(":")
+    found = _named(front, kinds) if colon else []
+    target = _load(found[0]) if found else None
+    return target if callable(target) and "name" in takes(target) else None
+
+
+def is_code(name: str, kind: str | None = None) -> bool:
+    """Whether a name means code in a module or file of its own, and not what an installed package registers."""
+    return ":" in name and _library(name, KINDS if kind is None else (kind,)) is None
 
 
 def takes(target: Any) -> set[str]:
@@ -83,13 +105,14 @@ def takes(target: Any) -> set[str]:
 def call(target: Any, given: Mapping[str, Any], settings: Mapping[str, Any], what: str) -> Any:
     """`target` called with those of the `given` arguments that it takes by name, and with the user's own `settings` for it.
 
-    `what` names it in errors. Raises UserError for a setting that it does not take, and for an argument that it needs and
-    nobody gives, and for whatever it raises.
+    `what` names it in errors. Raises UserError for a setting that it does not take (one with `**settings` takes any that is not
+    given), and for an argument that it needs and nobody gives, and for whatever it raises.
     """
     parameters = {p.name: p for p in _parameters(target) if p.kind not in ANYTHING}
+    anything = any(p.kind is p.VAR_KEYWORD for p in _parameters(target))
     own = sorted(set(parameters) - set(given))
     for key in settings:
-        if key not in own:
+        if key not in own and (key in given or not anything):
             raise UserError(f"{what} has no setting {key!r}{_hint(key, own)}; its settings are {', '.join(own) or 'none'}")
     arguments = {name: given[name] for name in parameters if name in given} | dict(settings)
     needed = [n for n, p in parameters.items() if p.default is p.empty and n not in arguments]

@@ -50,6 +50,10 @@ class Record(NamedTuple):
         return self.state.meta
 
 
+class NoMemory(UserError):
+    """One task alone needs more memory than there is."""
+
+
 class NotFinite(UserError):
     """The loss or the meta-gradient is no longer finite; the meta-parameters were not updated with it."""
 
@@ -144,9 +148,14 @@ def _within_memory(
         try:
             return gradient(learner, plan)(meta, batch, share), plan
         except (RuntimeError, MemoryError) as error:
-            smaller = plan.smaller(count(batch)) if out_of_memory(error) else None
-            if smaller is None:
+            if not out_of_memory(error):
                 raise
+            smaller = plan.smaller(count(batch))
+            if smaller is None:
+                raise NoMemory(
+                    f"out of memory by the plan '{plan}', which is the smallest; take fewer inner steps, shots or queries, a "
+                    "smaller model, or freeze a part of it"
+                ) from None
         log.warning("out of memory by the plan '%s'; going on with '%s'", plan, smaller)
         plan = smaller
 

