@@ -9,11 +9,14 @@ so. learn2learn's MAML gets the same model, once as it is and once with the atte
 to results/big_model/memory.json and memory.md.
 """
 
+import contextlib
+import io
 import json
 import resource
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +88,9 @@ def tasks_of(config: Config, tasks: int) -> Task:
 
 def by_learn2learn(model: nn.Module, config: Config, tasks: Task) -> list[Tensor]:
     """The same meta-gradient by learn2learn's clone of the whole model."""
-    import learn2learn as l2l
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # notices of its dependencies
+        warnings.simplefilter("ignore")
+        import learn2learn as l2l
 
     peer = l2l.algorithms.MAML(model, 0.01, allow_nograd=True, allow_unused=True)
     clone, task = peer.clone(), take(tasks, 0)
