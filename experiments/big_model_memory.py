@@ -5,7 +5,7 @@
 ViT-B/16 (86 million weights, 224 x 224 pixels, drawn at random: memory does not depend on what they are), adapters of rank 8 on
 all layers (Hu et al. 2022), the base frozen, 5-way 1-shot with 5 queries a class, 5 inner steps, second order. Each row is one
 meta-gradient in a process of its own that may hold `--gib` of memory and no more; what asks for more fails, and the table says
-so. learn2learn's MAML gets the same model, once as it is and once with the attention that can be differentiated twice. Written
+so. Stopped, the same command goes on after the last row. learn2learn's MAML gets the same model, once as it is and once with the attention that can be differentiated twice. Written
 to results/big_model/memory.json and memory.md.
 """
 
@@ -40,8 +40,8 @@ from toolkit.tuning import tuned
 
 WAYS, QUERIES = 5, 5
 ROWS = (
-    ("toolkit, steps recomputed", 1), ("toolkit, steps recomputed", 2), ("toolkit, steps recomputed", 4),
-    ("toolkit, graph of all steps", 1), ("learn2learn, as it is", 1), ("learn2learn, plain attention", 1),
+    ("toolkit, steps recomputed", 1), ("toolkit, steps recomputed", 4), ("toolkit, graph of all steps", 1),
+    ("learn2learn, as it is", 1), ("learn2learn, plain attention", 1),
 )  # fmt: skip
 
 
@@ -145,16 +145,19 @@ def main(config: Config) -> None:
     if config.row >= 0:
         print("ROW" + json.dumps(measured(config)))
         return
-    rows = []
-    shared = [f"--{key}={getattr(config, key)}" for key in ("model", "size", "rank", "steps", "gib", "threads")]
+    settings = {key: getattr(config, key) for key in ("model", "size", "rank", "steps", "gib", "threads")}
+    shared, file = [f"--{key}={value}" for key, value in settings.items()], config.out / "memory.json"
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    rows: list[dict[str, Any]] = kept["rows"] if kept.get("settings") == settings else []
+    config.out.mkdir(parents=True, exist_ok=True)
     for i, (subject, _) in enumerate(tqdm(ROWS, desc="meta-gradients", unit="row")):
+        if i < len(rows):
+            continue
         done = subprocess.run([sys.executable, __file__, f"--row={i}", *shared], stdout=subprocess.PIPE, text=True)
         if "ROW" not in done.stdout:
             raise UserError(f"the row {subject!r} ended with code {done.returncode}; its reason stands above")
         rows.append(json.loads(done.stdout.split("ROW")[1]))
-    config.out.mkdir(parents=True, exist_ok=True)
-    settings = {key: getattr(config, key) for key in ("model", "size", "rank", "steps", "gib", "threads")}
-    write_json(config.out / "memory.json", {"settings": settings, "rows": rows})
+        write_json(file, {"settings": settings, "rows": rows})
     replace(config.out / "memory.md", table(rows).encode())
     print(table(rows))
 
