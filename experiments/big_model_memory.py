@@ -5,8 +5,8 @@
 ViT-B/16 (86 million weights, 224 x 224 pixels, drawn at random: memory does not depend on what they are), adapters of rank 8 on
 all layers (Hu et al. 2022), the base frozen, 5-way 1-shot with 5 queries a class, 5 inner steps, second order. Each row is one
 meta-gradient in a process of its own that may hold `--gib` of memory and no more; what asks for more fails, and the table says
-so. Stopped, the same command goes on after the last row. learn2learn's MAML gets the same model, once as it is and once with the attention that can be differentiated twice. Written
-to results/big_model/memory.json and memory.md.
+so. learn2learn's MAML gets the same model, once as it is and once with the attention that can be differentiated twice. Written
+to results/big_model/memory.json and memory.md; stopped, the same command goes on after the last row.
 """
 
 import contextlib

@@ -92,12 +92,20 @@ def _plug_ins(command: Add) -> None:
 
 
 def _planning(command: Add) -> None:
-    command(
-        "plan",
-        "predict and measure the time and memory of plans",
-        takes_flags=True,
+    plan = command(
+        "plan", "predict and measure the time and memory of plans", takes_flags=True,
         epilog="It takes the flags of an experiment, such as --sampler omniglot-vinyals --tasks 32 --inner-steps 5.",
-    )
+    )  # fmt: skip
+    plan.add_argument(
+        "--predict", action="store_true",
+        help="from shapes alone, also for a model too large for this machine: operations, seconds, memory, bytes to store",
+    )  # fmt: skip
+    plan.add_argument("--inputs", help="with --predict: shape of an example, as in 3,224,224, in place of a --sampler")
+    plan.add_argument("--numbers", type=int, help="with --inputs: examples are token or feature numbers below this, as of text")
+    plan.add_argument(
+        "--flops-per-second", type=float, dest="rate", metavar="RATE",
+        help="with --predict: the rate of another machine, as in 4e14, in place of seconds measured here",
+    )  # fmt: skip
 
 
 def _run(made: argparse.ArgumentParser, several: bool = False) -> None:

@@ -4,6 +4,7 @@ import argparse
 import shutil
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -14,7 +15,7 @@ from toolkit.errors import UserError, unknown
 from toolkit.flags import EpisodeFlags, checked
 from toolkit.plugins import Plugin
 from toolkit.runs.folder import Run
-from toolkit.task import TaskSampler, draw
+from toolkit.task import TaskSampler, draw, take
 
 
 def list_(arguments: argparse.Namespace) -> int:
@@ -91,8 +92,13 @@ def plan(arguments: argparse.Namespace) -> int:
     import tyro
 
     about = "Predicts what a meta-gradient costs by each plan, from a few pieces of the batch, and measures it."
-    flags = tyro.cli(EpisodeFlags, args=arguments.flags, prog="toolkit plan", description=about)
-    flags, learner, tasks = parts.assemble(checked(flags))
+    flags = checked(tyro.cli(EpisodeFlags, args=arguments.flags, prog="toolkit plan", description=about))
+    if arguments.predict:
+        return _predicted(arguments, flags)
+    for flag, value in (("inputs", arguments.inputs), ("numbers", arguments.numbers), ("flops-per-second", arguments.rate)):
+        if value is not None:
+            raise UserError(f"--{flag} {value} is for a prediction from shapes; add --predict, or leave it out")
+    flags, learner, tasks = parts.assemble(flags)
     batch = draw(tasks.training, flags.tasks, flags.seed)
     print(f"{learner.name}, {flags.tasks} tasks of {flags.sampler} a meta-gradient")
     print(f"{'plan':44} {'predicted s':>12} {'measured s':>12} {'predicted MB':>13} {'measured MB':>13}")
@@ -107,6 +113,24 @@ def plan(arguments: argparse.Namespace) -> int:
     if not found:
         raise UserError(f"no plan fits; {row.reason}")
     print(f"fastest: {min(found, key=lambda pair: pair[0])[1]}")
+    return 0
+
+
+def _predicted(arguments: argparse.Namespace, flags: EpisodeFlags) -> int:
+    from toolkit.predict import predictions, report, shaped
+
+    flags = replace(flags, pretrained=None)  # weights have the shapes of those that they replace
+    if arguments.inputs is not None:
+        flags = replace(flags, dataset=None, **shaped(arguments.inputs, arguments.numbers))
+    elif arguments.numbers is not None:
+        raise UserError(f"--numbers {arguments.numbers} says what --inputs hold; give the shape of an example with it")
+    flags, learner, tasks = parts.assemble(flags, device="meta")
+    where = f"examples of shape ({arguments.inputs})" if arguments.inputs else flags.sampler
+    print(f"{learner.name} of {flags.model}, {flags.tasks} tasks of {where} a meta-gradient, from shapes alone")
+    source = tasks.pretraining if learner.pretrain and tasks.pretraining else tasks.training
+    training, test = (take(draw(sampler, 1, flags.seed), 0) for sampler in (source, tasks.test))
+    for line in report(learner, predictions(learner, training, test, arguments.rate), flags.tasks):
+        print(line, flush=True)
     return 0
 
 

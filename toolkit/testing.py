@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from toolkit import parts
 from toolkit.choose import peak
+from toolkit.cost import adapting_operations
 from toolkit.curve import Curve
 from toolkit.distributed import ALONE, Group
 from toolkit.evaluate import evaluate, predictions
@@ -53,6 +54,8 @@ def judged(
         from safetensors.torch import save_file
 
         save_file(tensors, folder / "example.safetensors")
+    moves = not torch.equal(*(curve.metric[:, k].nan_to_num() for k in (0, -1)))
+    steps = learner.steps or (curve.steps if moves else 0)  # of what was trained without, those of the test
     selection = f"the best on {flags.val_tasks} validation tasks, every {flags.validate_every} iterations"
     summary = summarise(
         config,
@@ -63,6 +66,7 @@ def judged(
         learner.observe(first.support.x).batch_norm,
         held,
         {"selection": selection} | traces,
+        adapting_operations(learner, first, steps, outcome.best),
     )
     write_json(folder / "summary.json", summary)
     return summary

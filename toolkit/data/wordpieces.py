@@ -70,5 +70,6 @@ def rows(texts: Iterable[str], tokenizer: str = "minilm", length: int = 24) -> T
         raise UserError(f"{folder} has no tokenizer that can be read ({' '.join(str(error).split())})") from None
     if tokens.pad_token_id is None:
         raise UserError(f"the tokenizer of {tokenizer} has no padding, by which short texts are filled; use another one")
-    found = tokens(list(texts), padding="max_length", truncation=True, max_length=length)["input_ids"]
+    texts = list(texts)
+    found = tokens(texts, padding="max_length", truncation=True, max_length=length)["input_ids"] if texts else []
     return torch.tensor(found, dtype=torch.int64).view(-1, length)

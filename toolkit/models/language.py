@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from toolkit.data.wordpieces import PACKAGED, model_folder, transformers
 from toolkit.errors import UserError
 from toolkit.models.weights import load, read
-from toolkit.models.zoo import Headed
+from toolkit.models.headed import Headed, new_head
 from toolkit.modules import blocks
 
 TRAINED_ON = {"minilm": "1.17 billion pairs of sentences (sentence-transformers/all-MiniLM-L6-v2)"}
@@ -88,6 +88,7 @@ class Encoder(nn.Module):
     @torch.no_grad()
     def _settle(self, what: str) -> None:
         numbers = [number for number in range(1, 12) if number != self.padding][:10]
+        self.eval()
         x = torch.tensor(numbers).view(2, 5)
         x[1, 3:] = self.padding
         real = x != self.padding
@@ -143,10 +144,7 @@ def hf(
     if inputs[0] > longest:
         raise UserError(f"{what} takes texts of at most {longest} tokens, and these have {inputs[0]}; give a smaller length")
     body = Encoder(model, getattr(config, "pad_token_id", None) or 0, reach, what)
-    head = nn.Linear(config.hidden_size, outputs)
-    nn.init.xavier_uniform_(head.weight, generator=torch.Generator().manual_seed(seed))
-    nn.init.zeros_(head.bias)
-    made = Headed(OrderedDict(body=body, head=head))
+    made = Headed(OrderedDict(body=body, head=new_head(config.hidden_size, outputs, seed))).eval()
     if pretrained not in (None, "default"):
         _load(made, pretrained, what)
     elif new and pretrained:
@@ -195,10 +193,10 @@ def _known(library: Any, name: str, settings: dict[str, Any]) -> Any:
 
 
 def _plain(model: Any) -> Any:
-    """Without dropout, and without a layer on top of the first token, for which the mean over all stands here."""
+    """Without a layer on top of the first token, for which the mean over all stands here."""
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
-    return model.eval()
+    return model
 
 
 def _load(made: Headed, file: str, what: str) -> None:

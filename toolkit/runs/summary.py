@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import toolkit
+from toolkit.cost import model_bytes, task_bytes
 from toolkit.curve import Curve
 from toolkit.learner import Learner, Meta
 from toolkit.metrics import ece
@@ -25,13 +26,17 @@ from toolkit.tree import numel
 @dataclass(frozen=True)
 class Outcome:
     """What training leaves: the meta-parameters chosen on validation tasks, where they come from, what it cost (seconds, with
-    validation and earlier parts of the run; the most megabytes that the process held), and the plan of its end."""
+    validation and earlier parts of the run; the most megabytes that the process held), and the plan of its end. Where they are
+    known, also the operations of one meta-gradient, and the joules that the machine spent, by which of its counters."""
 
     best: Meta
     selected: dict[str, float]
     seconds: float
     plan: Plan
     peak_mb: int
+    operations: int | None = None
+    joules: float | None = None
+    joules_of: str = ""
 
 
 def summarise(
@@ -43,9 +48,11 @@ def summarise(
     uses_batch_norm: bool,
     evaluation_bytes: int,
     traces: dict[str, Any],
+    evaluation_operations: int | None = None,
 ) -> dict[str, Any]:
     """The content of `summary.json`. `evaluation_bytes` is what evaluation held at most beyond what was held before; `traces`
-    leads back to the run: how its checkpoint was selected, its code, the command that repeats it."""
+    leads back to the run: how its checkpoint was selected, its code, the command that repeats it; `evaluation_operations` are
+    those of adapting to one test task and predicting its query set."""
     seconds = outcome.seconds
     params, learned, _ = learner.init()
     policy = learner.batch_norm if uses_batch_norm else "no batch norm"
@@ -71,6 +78,12 @@ def summarise(
         "parameters": numel(params),
         "adapted_parameters": numel(learner.adapted(params)),
         "learned_numbers": numel(learned),
+        "meta_gradient_operations": outcome.operations,
+        "evaluation_operations": evaluation_operations,
+        "model_bytes": model_bytes(learner),
+        "task_bytes": task_bytes(learner),
+        "joules": None if outcome.joules is None else round(outcome.joules, 1),
+        "joules_of": outcome.joules_of if outcome.joules is not None else None,
     }
     return {
         "experiment": config["experiment"],
@@ -180,7 +193,7 @@ def table(summary: dict[str, Any]) -> str:
             f"{step:>5} {cells[0]:>8} {'±' + cells[1]:>8} {cells[2]:>8} {_number(test['loss'][i], False):>8} "
             f"{test['finite'][i]:>7.1%}{mark}"
         )
-    return "\n".join([*lines, _card_line(summary)])
+    return "\n".join([*lines, _card_line(summary), *_cost_line(summary["cost"])])
 
 
 def _card_line(summary: dict[str, Any]) -> str:
@@ -194,6 +207,18 @@ def _card_line(summary: dict[str, Any]) -> str:
     policy = summary["batch_norm"] if summary["batch_norm"].startswith("no ") else policy
     said += [f"worst tenth of tasks {worst}, {1000 * card['seconds_per_task']:.3g} ms a task,", policy]
     return " ".join(said)
+
+
+def _cost_line(cost: dict[str, Any]) -> list[str]:
+    """What training and a task cost, as far as the run knows it: those of earlier versions do not."""
+    works = (("meta_gradient_operations", "a meta-gradient"), ("evaluation_operations", "to adapt to a task and predict"))
+    said = [f"{cost[key] / 1e9:,.4g} GFLOP {what}" for key, what in works if cost.get(key) is not None]
+    if "task_bytes" in cost:
+        stored, shared = (f"{cost[key] / 1e3:,.4g} kB" for key in ("task_bytes", "model_bytes"))
+        said.append(f"{stored} to store for a task beside the model's {shared}")
+    if cost.get("joules") is not None:
+        said.append(f"{cost['joules']:,.0f} J ({cost['joules_of']})")
+    return [f"cost: {', '.join(said)}"] if said else []
 
 
 def _number(value: float | None, percent: bool) -> str:
