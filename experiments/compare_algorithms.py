@@ -3,10 +3,12 @@
     python experiments/compare_algorithms.py --setting sinusoid --seeds 3
     python experiments/compare_algorithms.py --setting omniglot-5w1s --data-root data
     python experiments/compare_algorithms.py --setting omniglot-20w1s --data-root data
+    python experiments/compare_algorithms.py --setting intents-5w1s --seeds 3 --data-root data
 
-Each method is one run of `experiments/sinusoid.py` or `experiments/omniglot.py` per seed, in a process of its own, so that its
-peak memory is its own; its flags are the setting's and then the method's, below, and stand in its config.json. The same command
-again goes on where it stopped: finished runs are kept. `--jobs 2` runs two at a time, each on its share of the cores.
+Each method is one run of the setting's experiment per seed, in a process of its own, so that its peak memory is its own; its
+flags are the setting's and then the method's, below (for intents: its preset in `experiments/big_model_intents.py`), and stand
+in its config.json. The same command again goes on where it stopped: finished runs are kept. `--jobs 2` runs two at a time, each
+on its share of the cores.
 
 The budget is small (minutes a method, not hours), so this compares early learning; the papers' orderings are for convergence.
 Inner rates and steps are the papers' where they fit, and round numbers otherwise; nothing was tuned on test tasks. Results and
@@ -17,9 +19,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
@@ -43,16 +45,32 @@ REGRESSION = (
     "maml", "fomaml", "imaml", "reptile", "maml_plus_plus", "anil", "boil", "cavia", "lora_maml", "meta_sgd", "alfa", "metal",
     "meta_curvature", "kfo", "warp_grad", "joint",
 )  # fmt: skip
+INTENT_FAMILIES = {
+    "as it came": ("frozen", "linear_probe", "fine_tune"),
+    "meta-learned": ("protonet", "protonet-lora", "anil-lora"),
+    "meta-learned, adapters adapt": ("maml-lora", "reptile-lora", "proto_maml-lora"),
+}
 Options = dict[str, object]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """`script` with `common` flags for all methods, and each method's own on top; only these methods are compared."""
+    """`script` with `common` flags for all methods, and each method's own on top; only these methods are compared, in panels by
+    `families`, each with `base`. The script is told its method by `flag`."""
 
     script: str
     common: Options
     methods: Mapping[str, Options]
+    families: Mapping[str, Sequence[str]] = field(default_factory=lambda: FAMILIES)
+    base: str = "maml"
+    flag: str = "algorithm"
+
+
+def intents(ways: int, shots: int, tests: int) -> Setting:
+    """A pretrained language model, each method with the budget of its preset."""
+    names = [name for family in INTENT_FAMILIES.values() for name in family]
+    common: Options = {"ways": ways, "shots": shots, "eval_tasks": tests}
+    return Setting("big_model_intents.py", common, {name: {} for name in names}, INTENT_FAMILIES, "frozen", "preset")
 
 
 SINUSOID = Setting(
@@ -91,6 +109,10 @@ SETTINGS = {
         | {"iterations": 300, "validate_every": 150, "val_tasks": 100, "eval_tasks": 300},
         IMAGES,
     ),
+    "intents-5w1s": intents(5, 1, 600),
+    "intents-5w5s": intents(5, 5, 400),
+    "intents-15w1s": intents(15, 1, 300),
+    "intents-15w5s": intents(15, 5, 150),
 }
 
 
@@ -99,7 +121,7 @@ class Config:
     """All methods, same tasks, same budget."""
 
     setting: str = "sinusoid"
-    """sinusoid, omniglot-5w1s or omniglot-20w1s."""
+    """sinusoid, omniglot-5w1s or omniglot-20w1s; intents-5w1s, -5w5s, -15w1s or -15w5s."""
     methods: tuple[str, ...] = ()
     """Methods to compare; all of the setting by default."""
     seeds: int = 1
@@ -125,14 +147,16 @@ def main(config: Config) -> None:
             raise unknown(f"method for {config.setting}", method, setting.methods)
     if min(config.seeds, config.jobs, 1 if config.iterations is None else config.iterations) < 1:
         raise UserError(f"{config.seeds} seeds, {config.jobs} jobs, {config.iterations} iterations; each must be at least 1")
-    if setting.script == "omniglot.py" and not config.data_root.is_dir():
-        raise UserError(f"there is no folder {config.data_root}; give the one that holds Omniglot with --data-root")
+    if setting.script != "sinusoid.py" and not config.data_root.is_dir():
+        data = "Omniglot" if setting.script == "omniglot.py" else "clinc150.json.gz"
+        raise UserError(f"there is no folder {config.data_root}; give the one that holds {data} with --data-root")
     out = config.out or Path("results") / f"compare-{config.setting}"
     methods = config.methods or tuple(setting.methods)
     folders = {(m, seed): out / f"{m}-seed{seed}" for seed in range(config.seeds) for m in methods}
-    iterations = config.iterations or setting.common["iterations"]
+    iterations = config.iterations or setting.common.get("iterations")
     for folder in folders.values():
-        if (folder / "summary.json").exists() and Run(folder).config["iterations"] != iterations:
+        finished = (folder / "summary.json").exists()
+        if finished and iterations and Run(folder).config["iterations"] != iterations:
             raise UserError(
                 f"{folder} has {Run(folder).config['iterations']} iterations, not {iterations}; use the same --iterations, or "
                 "choose another --out"
@@ -150,10 +174,10 @@ def main(config: Config) -> None:
             if message := done.result():
                 failed.append(f"{work[done][0]}, seed {work[done][1]}: {message}")
                 bar.write(f"failed: {failed[-1]}")
-    finished = {m: [Run(folders[m, s]) for s in range(config.seeds)] for m in methods
+    complete = {m: [Run(folders[m, s]) for s in range(config.seeds)] for m in methods
                 if all((folders[m, s] / "summary.json").exists() for s in range(config.seeds))}  # fmt: skip
-    if finished:
-        _report(config, out, finished)
+    if complete:
+        _report(config, setting, out, complete)
     if failed:
         raise UserError(
             f"{len(failed)} of {len(wanted)} runs failed ({failed[0]}); their output is in <method>-seed<n>.log in {out}"
@@ -162,10 +186,10 @@ def main(config: Config) -> None:
 
 def _run(config: Config, setting: Setting, method: str, seed: int, folder: Path) -> str | None:
     """Runs one method to its end, or on from its newest checkpoint; returns the last line of its output if it failed."""
-    options = {"algorithm": method} | setting.common | setting.methods[method] | {"seed": seed, "out": folder}
+    options = {setting.flag: method} | setting.common | setting.methods[method] | {"seed": seed, "out": folder}
     if config.iterations:
         options |= {"iterations": config.iterations, "validate_every": min(config.iterations, 500)}
-    if setting.script == "omniglot.py":
+    if setting.script != "sinusoid.py":
         options["data_root"] = config.data_root
     command = [sys.executable, str(HERE / setting.script), "--resume"]
     for name, value in options.items():
@@ -181,19 +205,20 @@ def _run(config: Config, setting: Setting, method: str, seed: int, folder: Path)
     return None if code == 0 else (log.read_text().strip().splitlines() or ["no output"])[-1]
 
 
-def _report(config: Config, out: Path, runs: dict[str, list[Run]]) -> None:
+def _report(config: Config, setting: Setting, out: Path, runs: dict[str, list[Run]]) -> None:
     from toolkit.plots.comparison import comparison
     from toolkit.plots.save import save
 
-    found = rows(runs)
-    text = table(found)
+    found = rows(runs, setting.base)
+    text = table(found, setting.base)
     write_json(out / "comparison.json", {"setting": config.setting, "rows": found})
     replace(out / "table.md", f"{text}\n".encode())
     tests = runs[next(iter(runs))][0].summary["test"]["tasks"]
     seeds = f"{config.seeds} seed{'s' * (config.seeds > 1)}"
-    iterations = runs[next(iter(runs))][0].config["iterations"]
-    title = f"{config.setting}: {iterations:,} iterations, {seeds}, {tests:,} test tasks"
-    figures = save(comparison(found, FAMILIES, title), out / "curves")
+    budgets = {run.config["iterations"] for group in runs.values() for run in group}
+    iterations = f"{'up to ' * (len(budgets) > 1)}{max(budgets):,} iterations"
+    title = f"{config.setting}: {iterations}, {seeds}, {tests:,} test tasks"
+    figures = save(comparison(found, setting.families, title), out / "curves")
     print(text)
     print(json.dumps({"table": str(out / "table.md"), "figure": str(figures[0])}))
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from scipy import stats
 
-from experiments import compare_algorithms, omniglot, sinusoid
+from experiments import big_model_intents, compare_algorithms, omniglot, sinusoid
 from experiments.compare_algorithms import FAMILIES, SETTINGS, Config, main
 from toolkit import UserError
 from toolkit.algorithms import METHODS
@@ -27,7 +27,7 @@ from toolkit.runs.comparison import comparison, difference, entries, grouped, ro
 from toolkit.runs.folder import Run
 
 NAN = float("nan")
-SCRIPTS = {"sinusoid.py": sinusoid, "omniglot.py": omniglot}
+SCRIPTS = {"sinusoid.py": sinusoid, "omniglot.py": omniglot, "big_model_intents.py": big_model_intents}
 
 
 def made(folder: Path, metric: Sequence[Sequence[float]], steps: int = 1, name: str = "accuracy", **changed: Any) -> Run:
@@ -276,11 +276,14 @@ def test_a_single_task_has_no_interval_and_is_written_all_the_same(tmp_path: Pat
 
 
 def test_every_method_is_in_one_family_and_every_setting_has_known_methods() -> None:
-    listed = [method for names in FAMILIES.values() for method in names]
-    assert len(set(listed)) == len(listed) and set(listed) >= METHODS.keys()
+    assert {method for names in FAMILIES.values() for method in names} >= METHODS.keys()
     for name, setting in SETTINGS.items():
-        assert setting.methods.keys() <= set(listed)
+        listed = [method for names in setting.families.values() for method in names]
+        assert len(set(listed)) == len(listed) and setting.base in setting.methods.keys() <= set(listed)
         assert setting.methods.keys() == set(listed) or name == "sinusoid"
+        if setting.flag == "preset":
+            assert setting.methods.keys() == SCRIPTS[setting.script].PRESETS.keys()
+            continue
         for method, options in setting.methods.items():
             assert options.get("algorithm", method) in METHODS
             assert ("algorithm" in options) == (method not in METHODS), "only a variant names the method it is one of"
@@ -458,6 +461,17 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(
     assert "\n" not in str(caught.value) and not machine.commands and not (tmp_path / "out").exists()
 
 
+class Texts(torch.nn.Module):
+    """Has layers of the names that adapters go to in a language model."""
+
+    def __init__(self, ways: int) -> None:
+        super().__init__()
+        parts = ("query", "value")
+        blocks = [torch.nn.ModuleDict({name: torch.nn.Linear(3, 3) for name in parts}) for _ in range(6)]
+        self.layer = torch.nn.ModuleList(torch.nn.ModuleDict({"self": block}) for block in blocks)
+        self.head = torch.nn.Linear(3, ways)
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_command_is_one_that_its_script_takes(
     name: str, tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
@@ -475,13 +489,15 @@ def test_every_command_is_one_that_its_script_takes(
         launch(module.Config, caught.append, module.PRESETS, module.__doc__)
         (flags,) = caught
         method = flags.out.name.removesuffix("-seed0")
-        options = {"algorithm": method} | setting.common | setting.methods[method] | {"resume": True, "seed": 0}
+        options = {setting.flag: method} | setting.common | setting.methods[method] | {"resume": True, "seed": 0}
         assert {key.removeprefix("no_") for key in options} <= known
         for key, value in options.items():
             assert getattr(flags, key.removeprefix("no_")) == (value if key in known else not value), (key, value)
         checked(flags)
         if module is omniglot:
             learner = build(flags, conv4_32(flags.ways), 50)
+        elif module is big_model_intents:
+            learner = build(flags, Texts(flags.ways), 75)
         else:
             learner = build(flags, mlp(), loss=squared_error, metric=squared_error)
         assert learner.name == flags.algorithm

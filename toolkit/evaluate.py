@@ -19,7 +19,7 @@ from toolkit.metrics import MEASURES, is_of_ways, of_ways, within
 from toolkit.plan import Plan, default_plan
 from toolkit.prefix import features, shortened, with_features
 from toolkit.recorded import Recorder
-from toolkit.task import Task, TaskSampler, count, draw, fingerprint, move, take
+from toolkit.task import Task, TaskSampler, draw, fingerprint, move, take
 from toolkit.tree import Params, tree_map
 
 DRAWN_AT_ONCE = 64

@@ -20,7 +20,9 @@ from tqdm import tqdm
 
 from toolkit import parts, plugins
 from toolkit.backend import backend
+from toolkit.cost import operations
 from toolkit.distributed import Group, Lost, here
+from toolkit.energy import Energy, counters
 from toolkit.engine import switched
 from toolkit.errors import UserError
 from toolkit.evaluate import calibrate, evaluate
@@ -168,6 +170,7 @@ def _train(job: Job) -> Outcome:
     state = State(saved["iteration"], Meta(**move(saved["meta"], flags.device)), saved["optimizer"]) if saved else None
     selected = saved.get("selected", {})
     done, plan = state.iteration if state else 0, job.plan
+    energy = Energy(counters(flags.device), saved.get("joules") if saved else 0.0)
     size, seconds = saved.get("metrics_bytes", 0), saved.get("seconds", 0.0)
     journal = Journal(None if group.rank else job.folder / "metrics.jsonl", flags.iterations, size, seconds)
     if not group.rank:  # now, so that they find the journal as it was at the checkpoint
@@ -184,6 +187,7 @@ def _train(job: Job) -> Outcome:
             journal.sync()
             content = {"selected": selected, "seconds": journal.seconds, "metrics_bytes": journal.size}
             content |= {"iteration": state.iteration, "meta": state.meta._asdict(), "optimizer": optimizer}
+            content |= {"joules": energy.joules()}
             checkpoint.save(checkpoints, state.iteration, best, content, job.identity)
 
     sizes = flags.iterations, flags.tasks, flags.meta_lr, flags.seed
@@ -225,7 +229,10 @@ def _train(job: Job) -> Outcome:
             if not isinstance(error, NotFinite):
                 kept += "; the same command with --resume goes on from the newest checkpoint"
             raise UserError(f"{error}{kept}") from None
-    return Outcome(move(best, flags.device), selected, journal.seconds, plan, peak_mb(flags.device))
+    spent, task = energy.end(), move(take(draw(job.source, 1, flags.seed), 0), flags.device)
+    outcome = Outcome(move(best, flags.device), selected, journal.seconds, plan, peak_mb(flags.device))
+    counted = operations(job.trainee.at(1.0), task, plan.memory, flags.tasks)
+    return replace(outcome, operations=counted, joules=spent, joules_of=energy.names)
 
 
 def on_device(device: str, learner: Learner) -> Learner:

@@ -5,6 +5,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -54,20 +55,22 @@ class Kind(NamedTuple):
     score: dict[str, Loss]
 
 
-def assemble(flags: F) -> tuple[F, Learner, Tasks]:
+def assemble(flags: F, device: str | None = None) -> tuple[F, Learner, Tasks]:
     """The learner and tasks of an experiment, and its flags with the names that were settled on the way: the dataset of a
     sampler that draws from one, and a model that fits the tasks where the experiment's own does not.
 
     Losses follow from the tasks: cross entropy and accuracy for integer targets, squared error for others. Raises UserError for
-    whatever does not fit, before anything is computed. Test classes that the model was pretrained on are a warning.
+    whatever does not fit, before anything is computed. Test classes that the model was pretrained on are a warning. On the
+    `device` "meta" the model has shapes and no weights.
     """
     flags, samplers, bank = splits(flags)
     looks = [draw(sampler, LOOKED_AT, flags.seed, split=split) for split, sampler in samplers.items()]
     kind = _kind(list(samplers.values()), looks)
     bank = None if looks[0].support.y.is_floating_point() else bank  # then its classes are no targets
-    flags, network = _model(flags, looks[0], kind.outputs)
-    _warn_of_overlap(flags.model, network, _classes(samplers["test"]))
-    learner = build(flags, network, bank.classes if bank else None, **kind.score)
+    with torch.device(device) if device else nullcontext():
+        flags, network = _model(flags, looks[0], kind.outputs)
+        _warn_of_overlap(flags.model, network, _classes(samplers["test"]))
+        learner = build(flags, network, bank.classes if bank else None, **kind.score)
     whole = AllClasses(bank, sum(batch.y.shape[1] for batch in looks[0])) if bank else None
     return flags, learner, Tasks(samplers["train"], samplers["val"], samplers["test"], kind.chance, whole)
 

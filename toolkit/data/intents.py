@@ -49,9 +49,7 @@ def clinc150(
     return _bank(split, Path(data_root) / FILE, "", rows, (buckets, length, shortest, longest))
 
 
-def clinc150_wordpieces(
-    split: str, data_root: str | Path = "data", tokenizer: str = "minilm", length: int = 24
-) -> ClassBank:
+def clinc150_wordpieces(split: str, data_root: str | Path = "data", tokenizer: str = "minilm", length: int = 24) -> ClassBank:
     """CLINC150 as a language model reads it: as `clinc150`, but each text is a row of `length` token numbers of `tokenizer`:
     `minilm`, the folder of a model, or `owner/model` of the hub of Hugging Face (see `wordpieces.rows`).
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from toolkit.data.wordpieces import PACKAGED, model_folder, transformers
 from toolkit.errors import UserError
-from toolkit.models.weights import load, read
 from toolkit.models.headed import Headed, new_head
+from toolkit.models.weights import load, read
 from toolkit.modules import blocks
 
 TRAINED_ON = {"minilm": "1.17 billion pairs of sentences (sentence-transformers/all-MiniLM-L6-v2)"}
@@ -48,11 +48,11 @@ class Encoder(nn.Module):
     comparison with the library's own way tells, and it raises UserError for one of which neither is true.
     """
 
-    def __init__(self, model: nn.Module, padding: int, reach: float, what: str) -> None:
+    def __init__(self, model: nn.Module, padding: int, reach: float, length: int, what: str) -> None:
         super().__init__()
         self.model, self.padding, self.pool, self.causal = model, padding, Pool(reach), False
         self.sequence: tuple[str, ...] = ()
-        self._settle(what)
+        self.width = self._settle(length, what)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_floating_point() and x.dim() == 2:  # embeddings already: all of this is in the front
@@ -86,16 +86,18 @@ class Encoder(nn.Module):
         return hide * torch.finfo(real.dtype).min
 
     @torch.no_grad()
-    def _settle(self, what: str) -> None:
-        numbers = [number for number in range(1, 12) if number != self.padding][:10]
+    def _settle(self, length: int, what: str) -> int:
+        """Chooses how the model is run, by two texts of `length`; returns the width of its hidden states."""
         self.eval()
-        x = torch.tensor(numbers).view(2, 5)
-        x[1, 3:] = self.padding
+        numbers = torch.tensor([number for number in range(1, 12) if number != self.padding])
+        x = numbers[torch.arange(2 * length) % len(numbers)].view(2, length)
+        x[1, (length + 1) // 2 :] = self.padding
         real = x != self.padding
         try:
             truth = self.model(input_ids=x, attention_mask=real.long()).last_hidden_state
         except Exception as error:  # of somebody else's code
-            raise UserError(f"{what} takes no texts alone ({type(error).__name__}: {error}); use one such as hf:bert") from None
+            reason = f"{type(error).__name__}: {_line(error)}"
+            raise UserError(f"{what} takes no texts of {length} tokens alone ({reason}); use one such as hf:bert") from None
         parts = ("model.embeddings", *(f"model.{name}" for name in blocks(self.model)), "pool")
         for self.sequence, self.causal in ((parts, False), ((), False), ((), True)):
             try:
@@ -103,7 +105,7 @@ class Encoder(nn.Module):
             except Exception:  # nor is it run so
                 continue
             if found.shape == truth.shape and torch.allclose(found[real], truth[real], atol=1e-4):
-                return
+                return truth.shape[-1]  # type: ignore[no-any-return]
         raise UserError(f"{what} makes something else of a text with filling than without our masks; use one such as hf:bert")
 
 
@@ -123,16 +125,19 @@ def hf(
     `seed`, and `settings` go to its configuration. Weights of a file (`weights.read`) replace either if `pretrained` names one.
 
     Input (texts, length) of token numbers, int64, where the number of padding (0 in most) fills; output (texts, `outputs`). A
-    text's embedding is the mean over its tokens brought to the length `reach`; 0 leaves it as it is. At 3 the distances of MiniLM's
-    embeddings of unknown intents make about the best probabilities (measured on validation domains of CLINC150). Parameters are
-    `body.model.*`, as in the library, and `head.*`. Dropout is off, attention runs by its plain formula, weights are float32.
+    text's embedding is the mean over its tokens brought to the length `reach`; 0 leaves it as it is. At 3 the distances between
+    MiniLM's embeddings make about the best probabilities (measured by nearest class means on validation domains of CLINC150:
+    1-shot accuracy 87.7 %, and 76.5 % of the mean as it is). Parameters are `body.model.*`, as in the library, and `head.*`.
+    Dropout is off, attention runs by its plain formula, weights are float32.
 
     Raises UserError without transformers, for an unknown name, for inputs that are no rows of numbers or too long, for unknown
     settings, and for weights that cannot be had or do not fit.
     """
     what = f"hf:{name}"
     if isinstance(inputs, dict) or len(inputs) != 1:
-        raise UserError(f"{what} takes rows of token numbers, but an example has shape {inputs}; use --sampler clinc150-wordpieces")
+        raise UserError(
+            f"{what} takes rows of token numbers, but an example has shape {inputs}; use --sampler clinc150-wordpieces"
+        )
     if outputs < 1 or not 0 <= reach < float("inf"):
         raise UserError(f"{what}: {outputs} outputs and reach {reach}; give 1 output or more, and a reach that is not negative")
     library = transformers()
@@ -143,8 +148,8 @@ def hf(
     longest = getattr(config, "max_position_embeddings", None) or inputs[0]
     if inputs[0] > longest:
         raise UserError(f"{what} takes texts of at most {longest} tokens, and these have {inputs[0]}; give a smaller length")
-    body = Encoder(model, getattr(config, "pad_token_id", None) or 0, reach, what)
-    made = Headed(OrderedDict(body=body, head=new_head(config.hidden_size, outputs, seed))).eval()
+    body = Encoder(model, getattr(config, "pad_token_id", None) or 0, reach, inputs[0], what)
+    made = Headed(OrderedDict(body=body, head=new_head(body.width, outputs, seed))).eval()
     if pretrained not in (None, "default"):
         _load(made, pretrained, what)
     elif new and pretrained:
@@ -179,8 +184,8 @@ def _known(library: Any, name: str, settings: dict[str, Any]) -> Any:
         near = get_close_matches(name, [*PACKAGED, *library.CONFIG_MAPPING], n=4, cutoff=0.5)
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise UserError(
-            f"unknown language model {name!r}{hint} (there are {', '.join(PACKAGED)}, types such as bert, folders, and owner/model "
-            "of the hub)"
+            f"unknown language model {name!r}{hint} (there are {', '.join(PACKAGED)}, types such as bert, folders, and "
+            "owner/model of the hub)"
         )
     folder = model_folder(name)
     try:

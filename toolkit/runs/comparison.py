@@ -184,11 +184,11 @@ def rows(runs: Mapping[str, Sequence[Run]], base: str = "maml") -> list[dict[str
     return sorted(result, key=rank)
 
 
-def table(found: Sequence[dict[str, Any]]) -> str:
-    """The rows as a Markdown table."""
+def table(found: Sequence[dict[str, Any]], base: str = "maml") -> str:
+    """The rows as a Markdown table; `base` is that of `rows`."""
     percent = found[0]["metric"] == "accuracy"
     last = len(found[0]["mean"]) - 1
-    head = ["method", "0 steps", "1 step", "as trained (steps)", f"{last} steps", "minus maml (paired)", "seeds' s.d.",
+    head = ["method", "0 steps", "1 step", "as trained (steps)", f"{last} steps", f"minus {base} (paired)", "seeds' s.d.",
             "training", "peak MB", "learned", "adapts",
             "transductive"]  # fmt: skip
     lines = [head, ["---"] * len(head)]

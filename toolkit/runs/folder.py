@@ -22,7 +22,9 @@ from toolkit.errors import UserError
 from toolkit.files import replace
 
 # These say where a run is kept and how it is watched; they cannot change its numbers.
-NOT_HASHED = ("out", "resume", "overwrite", "debug", "data_root", "download", "preset", "logger", "budget", "protocol", "shard", "slurm")
+NOT_HASHED = (
+    "out", "resume", "overwrite", "debug", "data_root", "download", "preset", "logger", "budget", "protocol", "shard", "slurm",
+)  # fmt: skip
 # Flags that came after the first version, with the value that leaves everything as it was: runs without them still resume.
 LATER: dict[str, Any] = {
     "order": None, "method": [], "rule": None, "inner_batch": None, "inner_clip": None, "head": "head", "meta_optimizer": None,

@@ -24,12 +24,17 @@ def rates(meta: Meta) -> dict[str, float]:
 class Journal:
     """Appends to `path`. Training records are averaged over windows, and written when one is full.
 
-    Without a path, as in all processes but the first, the rows are only returned. A resumed run gives the `size` in bytes that the file had at its checkpoint, so that no row repeats, and the `seconds` that
-    had passed by then.
+    Without a path, as in all processes but the first, the rows are only returned. A resumed run gives the `size` in bytes that
+    the file had at its checkpoint, so that no row repeats, and the `seconds` that had passed by then.
     """
 
     def __init__(
-        self, path: Path | None, iterations: int, size: int = 0, seconds: float = 0.0, loggers: Iterable[Callable[[Row], object]] = ()
+        self,
+        path: Path | None,
+        iterations: int,
+        size: int = 0,
+        seconds: float = 0.0,
+        loggers: Iterable[Callable[[Row], object]] = (),
     ) -> None:
         self.path, self.every, self.loggers = path, -(-iterations // ROWS), list(loggers)
         self.window: list[Record] = []
