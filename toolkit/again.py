@@ -197,7 +197,8 @@ def _weights(run: Run) -> Meta:
 
 def _outcome(run: Run) -> Outcome:
     cost, plan = run.summary["cost"], Plan.stored(run.summary["plan"])
-    return Outcome(Meta({}, {}), run.summary["selected"], cost["seconds"], plan, cost["peak_mb"])
+    known = cost.get("meta_gradient_operations"), cost.get("joules"), cost.get("joules_of") or ""  # of later versions
+    return Outcome(Meta({}, {}), run.summary["selected"], cost["seconds"], plan, cost["peak_mb"], *known)
 
 
 def _fitting(run: Run, learner: Learner, weights: Meta) -> Meta:

@@ -5,7 +5,7 @@ larger than this machine. What runs is what the engine runs for one task, deriva
 
 Operations are those of matrix products and convolutions, two for a multiplication and its addition, by the formulas of torch's
 flop counter; elementwise work is not counted, as is usual. Memory is that of tensors, exactly. A process on a CPU holds more,
-since the C library's allocator cannot use every gap again: 1.2 to 1.9 times as much was seen, and 1.02 with the environment
+since the C library's allocator cannot use every gap again: 1.2 to 1.9 times as much was seen, and 1.05 with the environment
 variable MALLOC_MMAP_THRESHOLD_=65536, at a quarter to a half more time.
 """
 

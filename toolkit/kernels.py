@@ -46,7 +46,7 @@ def conv2d(
     groups: int = 1,
 ) -> Tensor:
     """`torch.conv2d` of a batch of images, in the precision of autocast where it is on."""
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # torch knows no autocast of shapes
         low = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(low), weight.to(low), None if bias is None else bias.to(low)
     geometry = Geometry(_pair(stride), _pair(padding), _pair(dilation), groups)
