@@ -196,15 +196,14 @@ def join(beat: float = BEAT, patience: float = PATIENCE) -> None:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    store, rank, size = next(rendezvous("env://", timeout=ROLL_CALL))
-    notes = PrefixStore("toolkit", store)
-    notes.set(f"here/{rank}", "1")
     try:
+        store, rank, size = next(rendezvous("env://", timeout=ROLL_CALL))
+        notes = PrefixStore("toolkit", store)
+        notes.set(f"here/{rank}", "1")
         notes.wait([f"here/{other}" for other in range(size)], ROLL_CALL)
     except RuntimeError:
-        absent = ", ".join(str(other) for other in range(size) if not notes.check([f"here/{other}"]))
-        seconds = f"{ROLL_CALL.total_seconds():.0f}"
-        raise Lost(f"of {size} processes number {absent} did not start within {seconds} s; look at what it says") from None
+        total, seconds = os.environ["WORLD_SIZE"], f"{ROLL_CALL.total_seconds():.0f}"
+        raise Lost(f"of {total} processes not all started within {seconds} s; look at what the others say") from None
     kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(kinds, timeout=STUCK, store=store, rank=rank, world_size=size)
     BOARD.append(notes)
