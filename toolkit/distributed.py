@@ -12,7 +12,6 @@ import os
 import re
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -33,11 +32,21 @@ T = TypeVar("T")
 BEAT, PATIENCE = 5.0, 45.0  # seconds between two signs of life, and without any until a process counts as lost
 ROLL_CALL = timedelta(minutes=2)  # until all must have started
 STUCK = timedelta(hours=2)  # until a collective gives up; whoever is dead is noticed long before
-BOARD: list[Store] = []  # where processes leave each other notes, once they have joined; torch too has one group only
 
 
 class Lost(UserError):
     """Another process of this training is gone."""
+
+
+class Joined(NamedTuple):
+    """Where processes leave each other notes, who watches over them, and how that one is told to stop."""
+
+    notes: Store
+    watch: threading.Thread
+    over: threading.Event
+
+
+JOINED: list[Joined] = []  # at most one; torch too has one group only
 
 
 class Share(NamedTuple):
@@ -206,35 +215,40 @@ def join(beat: float = BEAT, patience: float = PATIENCE) -> None:
         raise Lost(f"of {total} processes not all started within {seconds} s; look at what the others say") from None
     kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(kinds, timeout=STUCK, store=store, rank=rank, world_size=size)
-    BOARD.append(notes)
-    threading.Thread(target=_watch, args=(notes, beat, patience), daemon=True, name="watch").start()
+    over = threading.Event()
+    watch = threading.Thread(target=_watch, args=(notes, over, beat, patience), daemon=True, name="watch")
+    watch.start()
+    JOINED.append(Joined(notes, watch, over))
 
 
 def leave() -> None:
     """Says good-bye: from now on nobody waits for this process."""
-    if dist.is_initialized():
-        with suppress(RuntimeError, OSError):  # nobody is there to read it
-            BOARD.pop().set(f"left/{dist.get_rank()}", "1")
-        dist.destroy_process_group()
+    if not JOINED:
+        return
+    notes, watch, over = JOINED.pop()
+    over.set()
+    watch.join(BEAT)  # Python's end, in the middle of a call to the store, would abort the process
+    with suppress(RuntimeError, OSError):  # nobody is there to read it
+        notes.set(f"left/{dist.get_rank()}", "1")
+    dist.destroy_process_group()
 
 
 def said_already(sentence: str) -> bool:
     """Whether another process has said this sentence: so that all who stumble over the same thing say it once."""
-    if not BOARD:
+    if not JOINED:
         return False
     key = "said/" + hashlib.sha256(sentence.encode()).hexdigest()[:16]
     try:
-        return bool(BOARD[0].add(key, 1) > 1)
+        return bool(JOINED[0].notes.add(key, 1) > 1)
     except (RuntimeError, OSError):
         return False
 
 
-def _watch(notes: Store, beat: float, patience: float) -> None:
-    """Counts for the others to see, and looks whether they still count."""
+def _watch(notes: Store, over: threading.Event, beat: float, patience: float) -> None:
+    """Counts for the others to see, and looks whether they still count, until it is over."""
     rank, size = dist.get_rank(), dist.get_world_size()
     seen, silent = [-1] * size, [0.0] * size
-    while True:
-        time.sleep(beat)
+    while not over.wait(beat):
         try:
             notes.add(f"alive/{rank}", 1)
             for other in range(size):
@@ -244,15 +258,12 @@ def _watch(notes: Store, beat: float, patience: float) -> None:
                 count = notes.add(f"alive/{other}", 0)
                 silent[other] = silent[other] + beat if count == seen[other] else 0.0
                 seen[other] = count
-            if not dist.is_initialized():
-                return
             worst = max(range(size), key=silent.__getitem__)
             reason = f"process {worst} has given no sign of life for {silent[worst]:.0f} s" if silent[worst] >= patience else ""
         except (RuntimeError, OSError):
-            time.sleep(beat)  # who ends as the others do has done so by then
-            reason = "" if not dist.is_initialized() else "process 0 is gone"
-            if not reason:
+            if over.wait(beat):  # ending as the others do
                 return
+            reason = "process 0 is gone"
         if reason:
             print(f"error: {reason}; the same command with --resume goes on from the newest checkpoint", file=sys.stderr)
             sys.stderr.flush()

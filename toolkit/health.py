@@ -36,7 +36,7 @@ FILES = {
     **{f"omniglot-{protocol}": OMNIGLOT for protocol in ("vinyals", "background")},
     **{name: ["cifar-100-python/train", "cifar-100-python/test"] for name in ("cifar-fs", "fc100")},
     **{name: ["cifar100_fewshot.zip"] for name in ("cifar-fs-30", "fc100-30")},
-    "clinc150": ["clinc150.json.gz"],
+    **{name: ["clinc150.json.gz"] for name in ("clinc150", "clinc150-wordpieces")},
     **{
         f"{name}-imagenet": [
             f"{name}-imagenet/images|{name}-imagenet/images.zip",
