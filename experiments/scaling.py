@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch.utils import _pytree as pytree
+from tqdm import tqdm
 
 from toolkit import parts
 from toolkit.distributed import Group, here
@@ -63,6 +64,8 @@ class Config:
     """Numbers of processes, of one thread each."""
     iterations: int = 8
     """Timed iterations of each; the median counts."""
+    rounds: int = 3
+    """Times that all numbers of processes are measured, one after the other; the median counts."""
     alpha: float = 1.5e-5
     """Seconds of a message in the cluster of the figure (assumed)."""
     gigabytes: float = 20.0
@@ -185,6 +188,11 @@ def started(config: Config, size: int) -> dict[str, Any]:
     return json.loads(output[0].split("RESULT")[1])  # type: ignore[no-any-return]
 
 
+def middle(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The median of each number over the rounds."""
+    return pytree.tree_map(lambda *numbers: statistics.median_low(numbers), *rounds)  # type: ignore[no-any-return]
+
+
 def costs(name: str, found: dict[int, dict[str, Any]], alpha: float, beta: float) -> Costs:
     """The costs of a workload, from what was measured."""
     alone = found[1]["workloads"][name]
@@ -202,10 +210,12 @@ def main(config: Config) -> None:
             raise unknown("workload", name, WORKLOADS)
     if 1 not in config.processes or min(config.processes) < 1 or max(config.processes) < 2:
         raise UserError(f"--processes {config.processes}; give 1, and at least one larger number")
-    found = {}
-    for size in sorted(config.processes):
-        print(f"measuring with {size} process{'es' * (size > 1)}", flush=True)
-        found[size] = started(config, size)
+    if config.rounds < 1:
+        raise UserError(f"--rounds {config.rounds}; give 1 or more")
+    # In turns, so that what slows the machine down for a while slows all of them.
+    turns = tqdm([(turn, size) for turn in range(config.rounds) for size in sorted(config.processes)], desc="measure")
+    seen = [(size, started(config, size)) for _, size in turns]
+    found = {size: middle([each for n, each in seen if n == size]) for size in sorted(config.processes)}
     talk = [(n, size, seconds) for n, result in found.items() for size, seconds in result.get("all-reduce", ())]
     alpha, beta = fitted(talk)
     made = {name: costs(name, found, alpha, beta) for name in config.workloads}

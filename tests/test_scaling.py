@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments import scaling
-from experiments.scaling import Config, Costs, costs, elsewhere, fitted, words
+from experiments.scaling import Config, Costs, costs, elsewhere, fitted, middle, words
 from toolkit.errors import UserError
 from toolkit.plots.save import numbers
 from toolkit.plots.scaling import scaling as drawn
@@ -46,6 +46,13 @@ def test_the_costs_of_a_workload_from_two_sizes() -> None:
     assert found[:6] == pytest.approx((0.2, 0.1, 8, 4_000, 1e-5, 1e-9))
     there = elsewhere(found, Config(faster=10, gigabytes=4, alpha=2e-6, meta_batch=99))
     assert there[:6] == pytest.approx((0.02, 0.01, 99, 4_000, 2e-6, 0.25e-9)) and there.cores == math.inf
+
+
+def test_rounds_are_one_by_their_medians() -> None:
+    rounds = [{"tasks": 8, "seconds of 8": seconds, "all-reduce": [[64, seconds / 4]]} for seconds in (3.0, 1.0, 2.0)]
+    assert middle(rounds) == {"tasks": 8, "seconds of 8": 2.0, "all-reduce": [[64, 0.5]]}
+    with pytest.raises(UserError, match="--rounds 0; give 1 or more"):
+        scaling.main(Config(rounds=0))
 
 
 def test_the_figure_shows_the_numbers() -> None:
