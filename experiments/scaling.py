@@ -9,7 +9,8 @@ byte (Hockney 1994), by least squares on relative errors. With them an iteration
 
     ceil(T / N) task + fixed + 2 (N - 1) alpha + 2 (N - 1) / N bytes beta          (a ring all-reduce; Thakur et al. 2005)
 
-and, in order, ceil(T / N) task + fixed + 2 N (alpha + bytes beta). On fewer cores than processes, tasks take turns. Written to
+and, in order, ceil(T / N) task + fixed + 2 N (alpha + bytes beta). Tasks are shared in whole pieces of the plan, and processes
+that are more than the cores take turns. All of it is measured three times in turn, and the medians count. Written to
 results/scaling: `scaling.json` with all that was measured and fitted, the table `scaling.md`, and the figure. The lines for a
 cluster take alpha and beta from the flags, which are assumptions and not measured here.
 """
@@ -82,7 +83,7 @@ class Config:
 
 class Costs(NamedTuple):
     """Seconds of a `task` and of what is `fixed` in an iteration, its number of `tasks`, the `bytes` that are added up; seconds
-    of a message, `alpha`, and of a byte, `beta`; `cores` that there are for the processes."""
+    of a message, `alpha`, and of a byte, `beta`; `cores` that there are for the processes; tasks of a `piece`."""
 
     task: float
     fixed: float
@@ -91,22 +92,30 @@ class Costs(NamedTuple):
     alpha: float
     beta: float
     cores: float = math.inf
+    piece: int = 1
 
     def seconds(self, processes: int, ordered: bool = False) -> float:
         """One iteration on so many processes."""
-        share = math.ceil(self.tasks / processes) * self.task * max(1.0, processes / self.cores)
+        # Each process has `few` pieces, and `longer` of them one more, while the others are done and leave them their cores.
+        few, longer = divmod(self.pieces, processes)
+        turns = few * max(1.0, processes / self.cores) + (max(1.0, longer / self.cores) if longer else 0.0)
+        share = turns * self.piece * self.task
         if ordered:
             talk = 2 * processes * (self.alpha + self.bytes * self.beta) if processes > 1 else 0.0
         else:
             talk = 2 * (processes - 1) * (self.alpha + self.bytes * self.beta / processes)
         return share + self.fixed + talk
 
+    @property
+    def pieces(self) -> int:
+        return -(-self.tasks // self.piece)
+
     def speedup(self, processes: int) -> float:
         return self.seconds(1) / self.seconds(processes)
 
     def pays_until(self) -> int:
         """The most processes of which each still does half of what it could: beyond, the next is better spent elsewhere."""
-        able = [n for n in range(1, self.tasks + 1) if self.speedup(n) >= n / 2]
+        able = [n for n in range(1, self.pieces + 1) if self.speedup(n) >= n / 2]
         return max(able)
 
 
@@ -199,7 +208,8 @@ def costs(name: str, found: dict[int, dict[str, Any]], alpha: float, beta: float
     tasks = alone["tasks"]
     whole, half = alone[f"seconds of {tasks}"], alone[f"seconds of {tasks // 2}"]
     task = max(0.0, whole - half) / (tasks - tasks // 2)
-    return Costs(task, max(0.0, whole - tasks * task), tasks, alone["bytes"], alpha, beta, float(os.cpu_count() or 1))
+    fixed, cores = max(0.0, whole - tasks * task), float(os.cpu_count() or 1)
+    return Costs(task, fixed, tasks, alone["bytes"], alpha, beta, cores, PLANS[name].chunk or 1)
 
 
 def main(config: Config) -> None:
@@ -244,7 +254,7 @@ def main(config: Config) -> None:
 def elsewhere(costs: Costs, config: Config) -> Costs:
     """The same work on the assumed cluster."""
     task, fixed = costs.task / config.faster, costs.fixed / config.faster
-    there = costs._replace(task=task, fixed=fixed, tasks=config.meta_batch, cores=math.inf)
+    there = costs._replace(task=task, fixed=fixed, tasks=config.meta_batch, cores=math.inf, piece=1)
     return there._replace(alpha=config.alpha, beta=1e-9 / config.gigabytes)
 
 

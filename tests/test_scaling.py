@@ -19,7 +19,10 @@ def test_an_iteration_by_hand() -> None:
     assert COSTS.seconds(1) == pytest.approx(5.1)
     assert COSTS.seconds(3) == pytest.approx(4 * 0.5 + 0.1 + 4 * 1e-3 + 4 / 3 * 0.01)
     assert COSTS.seconds(3, ordered=True) == pytest.approx(4 * 0.5 + 0.1 + 6 * (1e-3 + 0.01))
-    assert COSTS.seconds(8) == pytest.approx(2 * 0.5 * 2 + 0.1 + 14 * 1e-3 + 14 / 8 * 0.01)  # two take turns on a core
+    # Two take turns on a core for the first task of each, then two are left with a core each for their second.
+    assert COSTS.seconds(8) == pytest.approx((2 + 1) * 0.5 + 0.1 + 14 * 1e-3 + 14 / 8 * 0.01)
+    pieces = COSTS._replace(piece=4, alpha=0.0, beta=0.0)
+    assert pieces.seconds(2) == pytest.approx(8 * 0.5 + 0.1) and pieces.seconds(3) == pytest.approx(4 * 0.5 + 0.1)
     assert COSTS.speedup(3) == COSTS.seconds(1) / COSTS.seconds(3)
 
 
@@ -42,7 +45,7 @@ def test_the_fit_finds_what_the_numbers_were_made_of() -> None:
 
 def test_the_costs_of_a_workload_from_two_sizes() -> None:
     alone = {"tasks": 8, "seconds of 8": 1.7, "seconds of 4": 0.9, "bytes": 4_000}
-    found = costs("a", {1: {"workloads": {"a": alone}}}, 1e-5, 1e-9)
+    found = costs("minilm-lora", {1: {"workloads": {"minilm-lora": alone}}}, 1e-5, 1e-9)
     assert found[:6] == pytest.approx((0.2, 0.1, 8, 4_000, 1e-5, 1e-9))
     there = elsewhere(found, Config(faster=10, gigabytes=4, alpha=2e-6, meta_batch=99))
     assert there[:6] == pytest.approx((0.02, 0.01, 99, 4_000, 2e-6, 0.25e-9)) and there.cores == math.inf
