@@ -117,6 +117,16 @@ def test_the_shared_model_is_quoted_as_it_ran() -> None:
     assert shared_model() in (ROOT / "results" / "README.md").read_text()
 
 
+def test_memory_and_scaling_are_quoted_as_they_were_measured() -> None:
+    text = (ROOT / "results" / "README.md").read_text()
+    assert (ROOT / "results" / "big_model" / "memory.md").read_text().split("\n\n")[0] in text
+    rows = json.loads((ROOT / "results" / "scaling" / "scaling.json").read_text())["rows"]
+    for row in rows:
+        if row["processes"] == 2:
+            assert f"{row['measured']:.2f} times" in text
+            assert f"{row['measured']:.2f}" in (ROOT / "ARCHITECTURE.md").read_text()
+
+
 def test_nothing_unlisted_is_committed() -> None:
     listed = {*WANTED, *COMPARISONS, SHARED_MODEL}
     assert {path.name for path in REFERENCE.iterdir() if path.is_dir()} <= listed
