@@ -19,6 +19,12 @@ def quiet_state() -> None:
     gradient_function.cache_clear()
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw nothing at their end, which takes longer than they do; figures have tests of their own."""
+    monkeypatch.setattr("toolkit.plots.save.draw_run", lambda folder: [])
+
+
 def dense() -> nn.Module:
     """A smooth network from three numbers to two classes, float64."""
     generator = torch.Generator().manual_seed(1)

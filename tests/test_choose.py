@@ -34,9 +34,9 @@ class Unbatchable(nn.Module):
 
 
 def wide() -> tuple[Learner, Task]:
-    """A learner and tasks whose memory can be seen above the noise: about 10 MB a task."""
+    """A learner and tasks whose memory can be seen above the noise: about 5 MB a task."""
     network = nn.Sequential(nn.Linear(3, 256), nn.Tanh(), nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 2)).double()
-    return algorithms.maml(network, inner_lr=0.1, inner_steps=2), task_batch(tasks=8, support=300, query=300)
+    return algorithms.maml(network, inner_lr=0.1, inner_steps=2), task_batch(tasks=8, support=150, query=150)
 
 
 @pytest.mark.parametrize(
@@ -173,10 +173,10 @@ def test_plans_become_smaller_in_steps() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_records_the_plan_that_memory_forced_and_a_resume_keeps_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("toolkit.plots.save.draw_run", lambda folder: None)
     monkeypatch.setattr("toolkit.experiment.backend", lambda name: failing(above=2))
     learner = algorithms.maml(mlp(), loss=squared_error, metric=squared_error, inner_lr=0.01)
     samplers = Sinusoid(5, 5), Sinusoid(5, 6), Sinusoid(5, 7)

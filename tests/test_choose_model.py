@@ -149,9 +149,8 @@ def tiny(inputs: tuple[int, ...], outputs: int, seed: int) -> nn.Module:
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
+def here(monkeypatch: pytest.MonkeyPatch, undrawn: None) -> None:
     monkeypatch.setattr("toolkit.data.glyphs.glyphs", tiny_bank)
-    monkeypatch.setattr("toolkit.plots.save.draw_run", lambda folder: None)
     monkeypatch.setattr(choose_model, "ProcessPoolExecutor", Here)
 
 

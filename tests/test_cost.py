@@ -340,8 +340,8 @@ def test_bytes_to_store() -> None:
     assert cost.model_bytes(algorithms.maml(tied)) == cost.task_bytes(algorithms.maml(tied)) == 4 * 9, "one tensor"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_says_what_it_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("toolkit.plots.save.draw_run", lambda folder: None)
     spent: Iterator[float] = iter(range(0, 10_000, 50))
     monkeypatch.setattr("toolkit.experiment.counters", lambda device: [Counter("package-0", lambda: next(spent))])
     record = run(config(tmp_path / "run", tasks=3), "sinusoid", regression(inner_steps=2), TRAINING, VALIDATION, TEST)
@@ -357,10 +357,10 @@ def test_a_run_says_what_it_costs(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert f"{found['joules']:.0f} J (package-0)" in said
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_energy_goes_on_in_a_resumed_run_and_is_unknown_where_the_machine_does_not_tell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("toolkit.plots.save.draw_run", lambda folder: None)
     spent: Iterator[float] = iter(range(0, 10_000, 50))
     monkeypatch.setattr("toolkit.experiment.counters", lambda device: [Counter("package-0", lambda: next(spent))])
     samplers = TRAINING, VALIDATION, TEST

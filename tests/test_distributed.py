@@ -136,6 +136,7 @@ COMMAND = ["experiments/quickstart.py", "--iterations", "6", "--validate-every",
 COMMAND += ["--eval-steps", "2", "--tasks", "4", "--reduce", "ordered", "--no-trace"]
 
 
+@pytest.mark.slow  # in the default suite tests/test_cluster.py has a whole run by two, and the bits are compared above
 def test_a_run_by_two_processes_has_the_bits_of_one(tmp_path: Path) -> None:
     """And writes what one process would, once."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"

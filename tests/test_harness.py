@@ -34,6 +34,7 @@ from toolkit.samplers import AllClasses, Episodes, Sinusoid
 from toolkit.task import move, take
 from toolkit.train import Record
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 TRAINING, VALIDATION, TEST = Sinusoid(5, 6), Sinusoid(5, 7), Sinusoid(5, 8)
 META = algorithms.maml(dense()).init()
 

@@ -367,10 +367,8 @@ def test_clinc150_in_word_pieces_has_the_domains_and_texts_of_clinc150(root: Pat
 @pytest.mark.parametrize(
     "preset", ["frozen", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fine_tune", "maml-lora"))]
 )
-def test_a_preset_runs_and_what_came_is_left_as_it_came(
-    preset: str, root: Path, letters: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("toolkit.plots.save.draw_run", lambda folder: None)  # figures have tests of their own
+@pytest.mark.usefixtures("undrawn")
+def test_a_preset_runs_and_what_came_is_left_as_it_came(preset: str, root: Path, letters: str, tmp_path: Path) -> None:
     sizes = TINY | {"vocab_size": 40, "num_hidden_layers": 4}
     chosen: dict[str, Any] = PRESETS[preset] | {
         "model": "hf:bert", "model_args": tuple(f"{key}={size}" for key, size in sizes.items()), "data_root": root,

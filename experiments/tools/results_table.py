@@ -9,24 +9,20 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from experiments.compare_algorithms import SETTINGS
 from experiments.shared_model import Config
 from experiments.shared_model import table as shared_model_table
 from toolkit.runs.comparison import table as comparison_table
 
 REFERENCE = Path(__file__).parents[2] / "results" / "reference"
-# The comparisons: folder, title.
-COMPARISONS = {
-    "compare-sinusoid": "sinusoid, 10-shot",
-    "compare-omniglot-5w1s": "Omniglot 5-way 1-shot",
-    "compare-omniglot-20w1s": "Omniglot 20-way 1-shot",
-}
+COMPARISONS = ("compare-sinusoid", "compare-omniglot-5w1s", "compare-omniglot-20w1s")
 SHARED_MODEL = "shared_model"
 
 
 def comparison(folder: str) -> str:
     """The table of a comparison, anew from its committed rows."""
-    rows: list[dict[str, Any]] = json.loads((REFERENCE / folder / "comparison.json").read_text())["rows"]
-    return comparison_table(rows)
+    found: dict[str, Any] = json.loads((REFERENCE / folder / "comparison.json").read_text())
+    return comparison_table(found["rows"], SETTINGS[found["setting"]].base)
 
 
 def shared_model() -> str:
