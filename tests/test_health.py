@@ -59,7 +59,9 @@ def test_data_are_found_by_their_files(tmp_path: Path) -> None:
     ok, line = health._data(tmp_path)
     here, absent = line.split("; not there: ")
     assert ok is None
-    assert here == f"in {tmp_path}: omniglot-vinyals, omniglot-background, clinc150, mini-imagenet, medmnist"
+    assert (
+        here == f"in {tmp_path}: omniglot-vinyals, omniglot-background, clinc150, clinc150-wordpieces, mini-imagenet, medmnist"
+    )
     assert {"svhn", "tiered-imagenet", "cifar-fs"} <= set(absent.split("; ")[0].split(", "))
     assert "none" in health._data(tmp_path / "nowhere")[1]
 
