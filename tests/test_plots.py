@@ -469,6 +469,23 @@ def test_a_comparison_of_accuracy_is_in_percent_with_chance_rings_and_bands() ->
     assert figure.get_suptitle() == TITLE
 
 
+def test_a_comparison_of_methods_close_together_shows_where_they_differ() -> None:
+    close = {
+        method: {"mean": [0.2] + [end] * 10, "ci95": [0.01] * 11, "trained_steps": 3}
+        for method, end in [("maml", 0.92), ("anil", 0.95)]
+    }
+    figure = comparison(compared(["maml", "anil"], **close), FAMILIES, TITLE)
+    for axes in panels(figure).values():
+        low, high = axes.get_ylim()
+        assert 88 < low < 91 and 96 < high < 98, "both rings and their intervals"
+    assert legend(figure)[-1] == "chance, 20 %, below the axis"
+    assert_tidy(figure)
+    apart = close | {"anil": {"mean": [0.2] + [0.5] * 10, "ci95": [0.01] * 11, "trained_steps": 3}}
+    figure = comparison(compared(["maml", "anil"], **apart), FAMILIES, TITLE)
+    assert panels(figure)["a part adapts"].get_ylim()[0] < 20
+    assert legend(figure)[-1] == "chance, 20 %"
+
+
 def test_a_comparison_of_errors_is_on_a_log_axis_that_what_diverges_does_not_stretch() -> None:
     diverging = {"mean": [4.0, 1.0, 50.0, 1e4, 1e9] + [None] * 6, "ci95": [None] * 11, "trained_steps": 6}
     touching = {"ci95": [0.3 - 1e-9] * 11, "mean": [0.3] * 11}

@@ -14,14 +14,16 @@ from toolkit.plots import frame
 
 PANEL = 1.5  # inch, the height of the axes of a panel
 ROOM = 10  # how far above the worst start the log axis goes: what diverges further leaves the panel
+NEAR = 0.5  # where the methods as trained lie within this part of the way from chance to the best, the axis shows it alone
 
 
 @frame.styled()
 def comparison(rows: Sequence[dict[str, Any]], families: Mapping[str, Sequence[str]], title: str) -> Figure:
     """The metric after 0..S inner steps, mean over seeds and tasks with its 95 % interval over tasks, for `rows` as
     `toolkit.runs.comparison.rows` gives them; `families` names the methods of each panel. A ring marks the steps of training.
-    Accuracy is in percent with chance as a dotted line, anything else on a log axis, which a curve that diverges leaves at the
-    top. Raises UserError when no row is named."""
+    Accuracy is in percent with chance as a dotted line; where all methods end up close together far above chance, the axis is
+    of where they differ, and curves that begin at chance come in from below. Anything else is on a log axis, which a curve that
+    diverges leaves at the top. Raises UserError when no row is named."""
     panels = {family: [row for row in rows if row["method"] in names] for family, names in families.items()}
     panels = {family: own for family, own in panels.items() if own}
     if not panels:
@@ -35,6 +37,7 @@ def comparison(rows: Sequence[dict[str, Any]], families: Mapping[str, Sequence[s
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     shared: frame.Legend = []
+    zoom = _zoom(rows) if percent else None
     for axes, (family, own) in zip(grid.flat, panels.items(), strict=False):
         for row in (row for row in rows if row not in own):
             values = frame.column(row["mean"], scale)
@@ -44,13 +47,15 @@ def comparison(rows: Sequence[dict[str, Any]], families: Mapping[str, Sequence[s
             shared += _draw(axes, row, index, scale)
         if percent and (chance := rows[0]["chance"]):
             dots = axes.axhline(scale * chance, color="0.35", linestyle=":", linewidth=1.0, label="chance")
-            shared.append((dots, f"chance, {scale * chance:.3g} %"))
+            shared.append((dots, f"chance, {scale * chance:.3g} %" + (", below the axis" if zoom else "")))
         # Above the axes, with the family as its title: within them it would cover one curve or another.
         handles = [line for line in axes.get_lines() if line.get_label() in {row["method"] for row in own}]
         axes.legend(handles=handles, title=family, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if not percent:
         _log(grid[0, 0], rows)
+    if zoom:
+        grid[0, 0].set_ylim(*zoom)
     for axes in grid[:, 0]:
         axes.set_ylabel("test accuracy (%)" if percent else f"test {rows[0]['metric']}")
     for column in range(columns):
@@ -75,6 +80,22 @@ def _draw(axes: Axes, row: dict[str, Any], index: int, scale: float) -> frame.Le
         return []
     (ring,) = axes.plot([k], [mean[k]], marker="o", markersize=8, mfc="none", mec="0.2", linestyle="", label="ring")
     return [(ring, "steps in training")]
+
+
+def _zoom(rows: Sequence[dict[str, Any]]) -> tuple[float, float] | None:
+    """The ends of an accuracy axis, in percent, that shows where methods differ as trained; None where that is most of it."""
+    k = [row["trained_steps"] for row in rows]
+    mean, half = (
+        np.array([frame.column(row[key], 100.0)[at] for row, at in zip(rows, k, strict=True)]) for key in ("mean", "ci95")
+    )
+    drawn = np.isfinite(mean) & np.isfinite(half)
+    if not drawn.any():
+        return None
+    low, high = float((mean - half)[drawn].min()), float((mean + half)[drawn].max())
+    if high - low > NEAR * (high - 100 * (rows[0]["chance"] or 0.0)):
+        return None
+    room = 0.15 * (high - low)
+    return low - room, high + room
 
 
 def _log(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
