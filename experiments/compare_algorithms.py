@@ -56,7 +56,8 @@ Options = dict[str, object]
 @dataclass(frozen=True)
 class Setting:
     """`script` with `common` flags for all methods, and each method's own on top; only these methods are compared, in panels by
-    `families`, each with `base`. The script is told its method by `flag`."""
+    `families`, each with `base`. The script is told its method by `flag`. What draws nothing at random is `seedless` and runs
+    once."""
 
     script: str
     common: Options
@@ -64,13 +65,15 @@ class Setting:
     families: Mapping[str, Sequence[str]] = field(default_factory=lambda: FAMILIES)
     base: str = "maml"
     flag: str = "algorithm"
+    seedless: Sequence[str] = ()
 
 
 def intents(ways: int, shots: int, tests: int) -> Setting:
     """A pretrained language model, each method with the budget of its preset."""
     names = [name for family in INTENT_FAMILIES.values() for name in family]
     common: Options = {"ways": ways, "shots": shots, "eval_tasks": tests, "tasks": 4 if ways * shots == 5 else 2}
-    return Setting("big_model_intents.py", common, {name: {} for name in names}, INTENT_FAMILIES, "frozen", "preset")
+    once = INTENT_FAMILIES["as it came"]
+    return Setting("big_model_intents.py", common, {name: {} for name in names}, INTENT_FAMILIES, "frozen", "preset", once)
 
 
 SINUSOID = Setting(
@@ -125,7 +128,7 @@ class Config:
     methods: tuple[str, ...] = ()
     """Methods to compare; all of the setting by default."""
     seeds: int = 1
-    """Runs per method, with seeds 0, 1, ..."""
+    """Runs per method, with seeds 0, 1, ...; one run of what draws nothing at random."""
     iterations: int | None = None
     """Meta-updates of every method; by default the setting's."""
     jobs: int = 1
@@ -152,7 +155,8 @@ def main(config: Config) -> None:
         raise UserError(f"there is no folder {config.data_root}; give the one that holds {data} with --data-root")
     out = config.out or Path("results") / f"compare-{config.setting}"
     methods = config.methods or tuple(setting.methods)
-    folders = {(m, seed): out / f"{m}-seed{seed}" for seed in range(config.seeds) for m in methods}
+    seeds = {m: range(1 if m in setting.seedless else config.seeds) for m in methods}
+    folders = {(m, seed): out / f"{m}-seed{seed}" for seed in range(config.seeds) for m in methods if seed in seeds[m]}
     iterations = config.iterations or setting.common.get("iterations")
     for folder in folders.values():
         finished = (folder / "summary.json").exists()
@@ -174,8 +178,8 @@ def main(config: Config) -> None:
             if message := done.result():
                 failed.append(f"{work[done][0]}, seed {work[done][1]}: {message}")
                 bar.write(f"failed: {failed[-1]}")
-    complete = {m: [Run(folders[m, s]) for s in range(config.seeds)] for m in methods
-                if all((folders[m, s] / "summary.json").exists() for s in range(config.seeds))}  # fmt: skip
+    runs = {m: [folders[m, seed] for seed in own] for m, own in seeds.items()}
+    complete = {m: [*map(Run, own)] for m, own in runs.items() if all((path / "summary.json").exists() for path in own)}
     if complete:
         _report(config, setting, out, complete)
     if failed:
@@ -209,7 +213,7 @@ def _report(config: Config, setting: Setting, out: Path, runs: dict[str, list[Ru
     from toolkit.plots.comparison import comparison
     from toolkit.plots.save import save
 
-    found = rows(runs, setting.base)
+    found = rows(runs, setting.base, setting.seedless)
     text = table(found, setting.base)
     write_json(out / "comparison.json", {"setting": config.setting, "rows": found})
     replace(out / "table.md", f"{text}\n".encode())

@@ -107,6 +107,10 @@ def test_seeds_are_paired_and_their_spread_counts(tmp_path: Path) -> None:
     lone = entries({"a": base, "b": other[:1]})
     with pytest.raises(UserError, match="b was trained with seeds 0 and a with 0, 1; give the same seeds of both"):
         difference(lone[1], lone[0])
+    once = entries({"a": base, "b": other[:1]}, seedless=["b"])
+    found = difference(once[0], once[1])
+    gaps = (noise - (noise + shifts)[0])[:, :, 1].mean(1)
+    assert found.mean == pytest.approx(float(gaps.mean())) and once[1].spread() is None
 
 
 def method(folder: Path, algorithm: str, values: list[list[float]], seed: int = 0, **changed: Any) -> Run:
@@ -386,6 +390,17 @@ def test_finished_runs_are_kept_and_missing_ones_made(tmp_path: Path, machine: M
     main(Config(methods=("maml", "anil"), seeds=2, out=tmp_path))
     assert machine.runs == [("anil", "0"), ("anil", "0"), ("anil", "1"), ("maml", "0"), ("maml", "1")]
     assert (tmp_path / "maml-seed0" / "curve.json").stat().st_mtime_ns == stamp
+
+
+def test_what_draws_nothing_at_random_runs_once(
+    tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = replace(SETTINGS["sinusoid"], seedless=("anil",))
+    monkeypatch.setitem(SETTINGS, "sinusoid", setting)
+    main(Config(methods=("maml", "anil"), seeds=2, out=tmp_path))
+    assert machine.runs == [("anil", "0"), ("maml", "0"), ("maml", "1")]
+    found = json.loads((tmp_path / "comparison.json").read_text())["rows"]
+    assert {row["method"]: (row["seeds"], row["difference"] is None) for row in found} == {"maml": (2, True), "anil": (1, False)}
 
 
 def test_finished_runs_of_another_budget_are_not_passed_off_as_these(tmp_path: Path, machine: Machine) -> None:

@@ -1,7 +1,7 @@
 """Several methods on the same test tasks: means over seeds, intervals over tasks, paired differences."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -17,11 +17,13 @@ from toolkit.runs.folder import NOT_HASHED, Run
 
 @dataclass(frozen=True)
 class Entry:
-    """One method: its runs, one per seed, and their test curves averaged task by task over the seeds."""
+    """One method: its runs, one per seed, and their test curves averaged task by task over the seeds. What draws nothing at
+    random is `seedless`: its one run stands for every seed."""
 
     method: str
     runs: tuple[Run, ...]
     curve: Curve
+    seedless: bool = False
 
     @property
     def trained_steps(self) -> int:
@@ -80,7 +82,7 @@ def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
     }
 
 
-def entries(runs: Mapping[str, Sequence[Run]]) -> list[Entry]:
+def entries(runs: Mapping[str, Sequence[Run]], seedless: Collection[str] = ()) -> list[Entry]:
     """One entry per method. Raises UserError unless all runs were tested on the same tasks, by the same metric."""
     hashes = {run.curve.task_list_hash for group in runs.values() for run in group}
     if len(hashes) != 1:
@@ -95,15 +97,16 @@ def entries(runs: Mapping[str, Sequence[Run]]) -> list[Entry]:
     for method, group in runs.items():
         curves = [run.curve for run in group]
         loss, metric = (torch.stack([getattr(c, key) for c in curves]).mean(0) for key in ("loss", "metric"))
-        made.append(Entry(method, tuple(group), Curve(loss, metric, curves[0].metric_name, curves[0].task_list_hash)))
+        curve = Curve(loss, metric, curves[0].metric_name, curves[0].task_list_hash)
+        made.append(Entry(method, tuple(group), curve, method in seedless))
     return made
 
 
 def difference(entry: Entry, base: Entry, step: int | None = None) -> Difference:
     """Entry minus base on the same tasks, each at its trained steps or at `step`; seed by seed where both have several.
 
-    Raises UserError when they have different seeds."""
-    if sorted(entry.seeds) != sorted(base.seeds):
+    Raises UserError when they have different seeds, unless one is `seedless`."""
+    if sorted(entry.seeds) != sorted(base.seeds) and not (entry.seedless or base.seedless):
         raise UserError(
             f"{entry.method} was trained with seeds {_listed(entry.seeds)} and {base.method} with {_listed(base.seeds)}; give "
             "the same seeds of both"
@@ -146,10 +149,10 @@ def comparison(made: Sequence[Entry], step: int | None = None) -> str:
     return "\n".join([*lines, f"± half the 95 % interval {basis}"])
 
 
-def rows(runs: Mapping[str, Sequence[Run]], base: str = "maml") -> list[dict[str, Any]]:
+def rows(runs: Mapping[str, Sequence[Run]], base: str = "maml", seedless: Collection[str] = ()) -> list[dict[str, Any]]:
     """The comparison as plain data, best first: per method the metric after 0..S steps with its interval, the paired difference
     to `base` where that is among them, seconds, peak memory, what is learned and what adapts."""
-    made = entries(runs)
+    made = entries(runs, seedless)
     by_name = {entry.method: entry for entry in made}
     result = []
     for entry in made:
