@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 from threading import Lock
@@ -392,15 +392,16 @@ def test_finished_runs_are_kept_and_missing_ones_made(tmp_path: Path, machine: M
     assert (tmp_path / "maml-seed0" / "curve.json").stat().st_mtime_ns == stamp
 
 
-def test_what_draws_nothing_at_random_runs_once(
-    tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_draws_nothing_at_random_runs_once(tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     setting = replace(SETTINGS["sinusoid"], seedless=("anil",))
     monkeypatch.setitem(SETTINGS, "sinusoid", setting)
     main(Config(methods=("maml", "anil"), seeds=2, out=tmp_path))
     assert machine.runs == [("anil", "0"), ("maml", "0"), ("maml", "1")]
     found = json.loads((tmp_path / "comparison.json").read_text())["rows"]
-    assert {row["method"]: (row["seeds"], row["difference"] is None) for row in found} == {"maml": (2, True), "anil": (1, False)}
+    assert {row["method"]: (row["seeds"], row["difference"] is None) for row in found} == {
+        "maml": (2, True),
+        "anil": (1, False),
+    }
 
 
 def test_finished_runs_of_another_budget_are_not_passed_off_as_these(tmp_path: Path, machine: Machine) -> None:
