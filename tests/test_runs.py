@@ -274,6 +274,12 @@ def test_a_run_of_the_first_version_is_not_resumed_with_another_flag(name: str, 
     assert json.loads((folder / "config.json").read_text()) == FIRST, "what is refused changes nothing"
 
 
+def test_another_number_of_test_tasks_names_the_command_for_it(tmp_path: Path) -> None:
+    folder = first_run(tmp_path / "run")
+    with pytest.raises(UserError, match=r"or test the finished run anew by `toolkit evaluate .*run`$"):
+        prepare(folder, now(eval_tasks=now()["eval_tasks"] + 1), resume=True, overwrite=False)
+
+
 def test_a_checkpoint_of_the_first_version_holds_no_statistics_and_loads(tmp_path: Path) -> None:
     parts = {"params": META.params, "learned": META.learned}
     checkpoint.save(tmp_path, 7, Meta(**parts), STATE | {"meta": parts}, IDENTITY)

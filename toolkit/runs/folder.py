@@ -153,6 +153,7 @@ def _check_same(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
         before, now = old.get(key, LATER.get(key)), new.get(key, LATER.get(key))
         if key not in NOT_HASHED and before != now:
             flag = "--" + key.replace("_", "-")
+            other = f", or test the finished run anew by `toolkit evaluate {path}`" if key.startswith("eval_") else ""
             raise UserError(
-                f"{path} was made with {flag} {before}, not {now}; resume with the same flags, or choose another --out"
+                f"{path} was made with {flag} {before}, not {now}; resume with the same flags, or choose another --out{other}"
             )
