@@ -35,8 +35,8 @@ class Unbatchable(nn.Module):
 
 def wide() -> tuple[Learner, Task]:
     """A learner and tasks whose memory can be seen above the noise: about 5 MB a task."""
-    network = nn.Sequential(nn.Linear(3, 256), nn.Tanh(), nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 2)).double()
-    return algorithms.maml(network, inner_lr=0.1, inner_steps=2), task_batch(tasks=8, support=150, query=150)
+    network = nn.Sequential(nn.Linear(3, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2)).double()
+    return algorithms.maml(network, inner_lr=0.1, inner_steps=2), task_batch(tasks=8, support=1200, query=1200)
 
 
 @pytest.mark.parametrize(
