@@ -16,7 +16,7 @@ from toolkit.flags import EpisodeFlags, Flags
 from toolkit.plots import figures
 from toolkit.plots.save import save
 from toolkit.runs import checkpoint
-from toolkit.runs.folder import Run
+from toolkit.runs.folder import Run, write_json
 
 SHORT: dict[str, Any] = {
     "iterations": 4, "validate_every": 2, "tasks": 3, "val_tasks": 4, "eval_tasks": 5, "eval_steps": 2, "compile": False,
@@ -140,11 +140,16 @@ def test_a_task_is_drawn_with_its_own_predictions(finished: Callable[..., Run], 
     assert (run.path / "task-3.png").read_bytes() != first and shown(run, 0, [])[0].read_bytes() == first
 
 
-def test_the_path_and_the_animation_of_a_task(finished: Callable[..., Run], tmp_path: Path) -> None:
+def test_the_path_and_the_animation_of_a_task(
+    finished: Callable[..., Run], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     names = {path.name for path in shown(finished(tmp_path, "sinusoid"), 2, [], path=True, gif=True)}
     assert names == {*(f"{n}-2.{s}" for n in ("task", "path") for s in ("png", "pdf", "csv")), "adaptation-2.gif"}
     without = finished(tmp_path / "other", algorithm="protonet")
-    assert "protonet" in refused(lambda: shown(without, 0, [], path=True))
+    with caplog.at_level("WARNING", "toolkit"):
+        names = {path.name for path in shown(without, 0, ["--out", str(tmp_path / "figures")], path=True, gif=True)}
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == names == {"task-0.png", "task-0.pdf", "adaptation-0.gif"}
+    assert caplog.messages[-1].startswith("no path-0: ") and "protonet" in caplog.messages[-1]
 
 
 def refused(work: Callable[[], object]) -> str:
@@ -168,16 +173,66 @@ def test_tasks_that_do_not_fit(finished: Callable[..., Run], tmp_path: Path) -> 
 def test_a_folder_that_is_there_is_not_overwritten(finished: Callable[..., Run], tmp_path: Path) -> None:
     run = finished(tmp_path, "sinusoid")
     evaluated(run, [])
-    assert "exists; continue it with --resume, replace it with --overwrite" in refused(lambda: evaluated(run, []))
-    evaluated(run, ["--overwrite"])
+    assert "exists; replace it with --overwrite, or choose another place with --out" in refused(lambda: evaluated(run, []))
+    folder, _ = evaluated(run, ["--overwrite"])
+    (folder / "summary.json").unlink()
+    assert evaluated(run, [])[0] == folder, "an evaluation that was stopped is in nobody's way"
+    other, _ = evaluated(run, ["--inner-lr", "0.5"])
+    assert other != folder and other.name.endswith("-inner_lr-0.5")
+
+
+def test_an_evaluation_never_takes_the_place_of_a_run(finished: Callable[..., Run], tmp_path: Path) -> None:
+    run = finished(tmp_path, "sinusoid")
+    for place in (run.path, run.path.parent):
+        assert "is the run" in refused(lambda place=place: evaluated(run, ["--out", str(place), "--overwrite"]))
+    other = finished(tmp_path / "other", "sinusoid")
+    (other.path / "summary.json").unlink()
+    assert "exists" in refused(lambda: evaluated(run, ["--out", str(other.path)])), "a training that goes on"
+    assert (other.path / "metrics.jsonl").exists() and (run.path / "checkpoints").exists()
+
+
+def test_a_protocol_needs_no_number_of_tasks(finished: Callable[..., Run], tmp_path: Path) -> None:
+    _, summary = evaluated(finished(tmp_path, "sinusoid"), ["--protocol", "papers"])
+    assert summary["test"]["tasks"] == 600
+
+
+def test_an_evaluation_has_no_training_to_repeat(finished: Callable[..., Run], tmp_path: Path) -> None:
+    run = finished(tmp_path, "sinusoid")
+    folder, summary = evaluated(run, [])
+    said = refused(lambda: repeated(Run(folder), []))
+    assert f"is an evaluation of the weights of {run.path.name}" in said and summary["command"] in said
+    assert "is an evaluation without weights; give the run" in refused(lambda: evaluated(Run(folder), []))
+
+
+def test_what_cannot_be_repeated_is_said_before_training(finished: Callable[..., Run], tmp_path: Path) -> None:
+    run = finished(tmp_path, "sinusoid")
+    out, differing = repeated(run, [])
+    assert not differing
+    assert f"{out} is finished already; remove it" in refused(lambda: repeated(run, []))
+    assert "is finished already" in refused(lambda: repeated(run, ["--out", str(run.path)]))
+    (run.path / "curve.json").unlink()
+    assert "has no curve.json" in refused(lambda: repeated(Run(run.path), ["--out", str(tmp_path / "new")]))
+    assert not (tmp_path / "new").exists()
+
+
+def test_every_number_of_a_repetition_counts(finished: Callable[..., Run], tmp_path: Path) -> None:
+    run = finished(tmp_path, "sinusoid")
+    edited = tmp_path / "edited"
+    shutil.copytree(run.path, edited)
+    assert differences(run, Run(edited)) == []
+    (edited / "metrics.jsonl").write_text("\n".join((run.path / "metrics.jsonl").read_text().splitlines()[:-1]))
+    summary = run.summary | {"test": run.summary["test"] | {"mean": [0.0] * len(run.summary["test"]["mean"])}}
+    write_json(edited / "summary.json", summary | {"card": run.summary["card"] | {"seconds_per_task": 9.0}})
+    rows = len(run.metrics)
+    expected = [f"the journals of training have {rows} and {rows - 1} rows", "test mean in summary.json differs"]
+    assert differences(run, Run(edited)) == expected
 
 
 def test_a_run_without_weights(finished: Callable[..., Run], tmp_path: Path) -> None:
     run = finished(tmp_path, "sinusoid")
     shutil.rmtree(run.path / "checkpoints")
-    assert refused(lambda: evaluated(run, [])).endswith(
-        "has no checkpoint, only numbers; `toolkit rerun run` makes its weights anew"
-    )
+    said = refused(lambda: evaluated(run, []))
+    assert said.endswith(f"has no checkpoint, only numbers; `toolkit rerun {run.path}` makes its weights anew")
 
 
 def test_a_run_of_another_kind(tmp_path: Path) -> None:

@@ -218,7 +218,7 @@ def test_plot_says_in_a_sentence_that_a_run_is_not_there(
 def test_help_needs_nothing_heavy() -> None:
     """The parser, without what `toolkit/__init__.py` imports by itself."""
     code = (
-        "import sys, types; package = types.ModuleType('toolkit'); package.__path__ = ['toolkit'];"
+        "import sys, types; package = types.ModuleType('toolkit'); package.__path__, package.__version__ = ['toolkit'], '1';"
         "sys.modules['toolkit'] = package;"
         "import toolkit.cli; print(toolkit.cli._parser().format_help());"
         "print([name for name in ('torch', 'numpy', 'tqdm', 'tyro') if name in sys.modules])"

@@ -1,6 +1,7 @@
 """A comparison of methods: its numbers by hand, its table, and the script that makes the runs."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -23,8 +24,8 @@ from toolkit.algorithms import METHODS
 from toolkit.flags import build, checked, launch
 from toolkit.metrics import squared_error
 from toolkit.models import conv4_32, mlp
-from toolkit.runs.comparison import comparison, difference, entries, grouped, rows, table
-from toolkit.runs.folder import Run
+from toolkit.runs.comparison import comparison, difference, entries, grouped, rows, table, verdict
+from toolkit.runs.folder import Run, write_json
 
 NAN = float("nan")
 SCRIPTS = {"sinusoid.py": sinusoid, "omniglot.py": omniglot, "big_model_intents.py": big_model_intents}
@@ -36,9 +37,12 @@ def made(folder: Path, metric: Sequence[Sequence[float]], steps: int = 1, name: 
     values = [[v if v - v == 0 else None for v in row] for row in metric]
     curve = {"metric_name": name, "task_list_hash": changed.pop("tasks", "these"), "loss": values, "metric": values}
     cost = {"seconds": 10.0, "peak_mb": 300, "parameters": 1000, "adapted_parameters": 500, "learned_numbers": 20}
+    points = len(values[0]) if values else 1
+    test = {"tasks": len(values), "metric": name, "steps": list(range(points)), "mean": [0.5] * points, "ci95": [0.1] * points}
     summary = {
-        "inner_steps": steps, "transductive": False, "chance": 0.2 if name == "accuracy" else None,
-        "test": {"tasks": len(values)}, "cost": cost | changed.pop("cost", {}),
+        "algorithm": "maml", "sampler": "tasks", "inner_steps": steps, "transductive": False,
+        "chance": 0.2 if name == "accuracy" else None,
+        "test": test, "cost": cost | changed.pop("cost", {}),
     }  # fmt: skip
     config = {"inner_lr": 0.4, "iterations": changed.pop("iterations", 7), "seed": changed.pop("seed", 0)}
     contents = {"curve": curve, "summary": summary | changed, "config": config}
@@ -151,7 +155,49 @@ def test_better_only_where_the_interval_excludes_zero(tmp_path: Path, metric: st
     (line,) = [line for line in text.splitlines() if line.startswith("anil")]
     found = difference(*reversed(entries(grouped(runs))))
     number = f"{100 * found.mean:+.2f}" if metric == "accuracy" else f"{found.mean:+.3f}"
-    assert line.endswith(said) and (not shift or number in line) and f"{found.wins}, 0, {found.losses}" in line
+    won, lost = (found.wins, found.losses) if metric == "accuracy" else (found.losses, found.wins)
+    assert line.endswith(said) and (not shift or number in line) and f"{won}, 0, {lost}" in line
+    assert {"better": won > lost, "worse": won < lost}.get(said, True)
+
+
+def test_a_side_that_lost_tasks_is_never_called_better(tmp_path: Path) -> None:
+    sound = [[0.5, 0.50 + 0.001 * i] for i in range(20)]
+    lossy = [[0.5, value + 0.1 if i < 6 else math.nan] for i, (_, value) in enumerate(sound)]
+    lost = method(tmp_path / "lost", "anil", lossy)
+    first, second = entries(grouped([method(tmp_path / "whole", "maml", sound), lost]))
+    found = difference(second, first)
+    assert found.clear and found.mean > 0 and (found.lost, found.lost_a, found.lost_b) == (14, 14, 0)
+    assert verdict(found, "accuracy") == "no difference shown" and verdict(found, "squared error") == "worse"
+    turned = difference(first, second)
+    assert verdict(turned, "accuracy") == "no difference shown" and verdict(turned, "squared error") == "better"
+
+
+def test_runs_in_folders_of_one_name_stay_apart(tmp_path: Path) -> None:
+    values = [[0.1, 0.2], [0.2, 0.4]]
+    runs = [made(tmp_path / place / "maml-seed0", values, iterations=i) for i, place in ((5, "a"), (6, "b"))]
+    assert list(grouped(runs)) == ["maml (a/maml-seed0)", "maml (b/maml-seed0)"]
+
+
+def test_runs_of_before_a_flag_belong_with_those_after_it(tmp_path: Path) -> None:
+    values = [[0.1, 0.2], [0.2, 0.4]]
+    old, new = made(tmp_path / "old", values), made(tmp_path / "new", values, seed=1)
+    write_json(new.path / "config.json", new.config | {"order": None, "lora": None})
+    assert list(grouped([old, Run(new.path)])) == ["maml"]
+    write_json(new.path / "config.json", new.config | {"order": "first"})
+    assert len(grouped([old, Run(new.path)])) == 2
+
+
+def test_a_test_that_stopped_before_the_steps_of_training_is_not_compared_as_trained(tmp_path: Path) -> None:
+    short = method(tmp_path / "short", "anil", [[0.1], [0.2]], steps=2)
+    whole = method(tmp_path / "whole", "maml", [[0.1, 0.2], [0.2, 0.4]])
+    pair = entries(grouped([whole, short]))
+    with pytest.raises(
+        UserError, match="anil was trained with 2 inner steps and tested for 0; compare after as many with --step"
+    ):
+        comparison(pair)
+    assert "anil" in comparison(pair, 0)
+    with pytest.raises(UserError, match="not -1; choose among 0 to 1"):
+        comparison(pair, -1)
 
 
 @pytest.mark.parametrize(

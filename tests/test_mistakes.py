@@ -82,7 +82,7 @@ TOOL = [
     ("show-task glyphs --index -4", r"task -4 is none; tasks are numbered from 0"),
     ("show-task no-checkpoint", r"has no checkpoint"),
     ("watch nowhere", r"there is no run folder nowhere"),
-    ("watch edited-metrics", r"edited-metrics/metrics\.jsonl is damaged in line 1; delete that line"),
+    ("watch edited-metrics", r"edited-metrics/metrics\.jsonl is damaged \(line 1 is no row of a run"),
     ("report nowhere", r"nowhere"),
     # the doctor
     ("doctor --model con4", r"unknown model 'con4'; did you mean 'conv4'"),

@@ -141,7 +141,7 @@ def test_pairs_refuse_what_cannot_be_paired(tmp_path: Path) -> None:
         f"no test task has a finite accuracy in both {tmp_path / 'a'} and {tmp_path / 'd'}; give others"
     )
     (tmp_path / "d" / "curve.json").unlink()
-    assert "d has no curve.json; the run has not come so far" in refused(pairs, [one, Run(tmp_path / "d")])
+    assert "d has no curve.json, though the run is finished" in refused(pairs, [one, Run(tmp_path / "d")])
 
 
 def carded(folder: Path, algorithm: str = "maml") -> Run:
@@ -300,7 +300,7 @@ def test_seeds_need_validations_at_common_iterations(tmp_path: Path) -> None:
     (tmp_path / "0" / "metrics.jsonl").write_text("")
     assert "has no validation rows; train for" in refused(training_seeds, [Run(tmp_path / "0")])
     (tmp_path / "0" / "metrics.jsonl").unlink()
-    assert "0 has no metrics.jsonl; the run has not come so far" in refused(training_seeds, [Run(tmp_path / "0")])
+    assert "0 has no metrics.jsonl, though the run is finished" in refused(training_seeds, [Run(tmp_path / "0")])
     other = trained(tmp_path / "other", [(10, 0.5)], algorithm="anil", name="squared error")
     assert "different metrics" in refused(training_seeds, [runs[1], other])
 
@@ -363,6 +363,7 @@ def test_a_run_folder_gets_the_diagram_where_it_was_measured(tmp_path: Path) -> 
     for folder, measured in ((carded(tmp_path / "a").path, True), (run(tmp_path / "b").path, False)):
         (folder / "metrics.jsonl").write_text(json.dumps({"iteration": 5, "loss": 1.0, "metric": 0.5}))
         flat = {"support_x": torch.rand(4, 8), "query_x": torch.rand(4, 8), "support_y": torch.arange(4)}
+        flat |= {"query_y": torch.arange(4), "steps": torch.arange(2), "predictions": torch.rand(2, 4, 4)}
         save_file(flat, folder / "example.safetensors")
         files = {path.name for path in draw_run(folder)}
         assert ({"reliability.png", "reliability.pdf", "reliability.csv"} <= files) == measured

@@ -236,8 +236,7 @@ def test_a_broken_folder_costs_only_itself(tmp_path: Path) -> None:
     top = page.split("What is missing")[1].split("</aside>")[0]
     lacks = {
         "half": "not shown (no summary.json).",
-        "torn": "not shown (summary.json is damaged).",
-        "listed": "not shown (no test result in summary.json).",
+        "torn, listed": "not shown (summary.json is damaged).",
         "absent": "not shown (there is no such folder).",
         "cut": "shown without the course of training (metrics.jsonl is damaged).",
         "old": "shown without NLL, calibration error, the command, how the checkpoint was selected (of an older version).",

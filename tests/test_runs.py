@@ -128,11 +128,52 @@ def test_run_folders_are_never_mixed_up(tmp_path: Path) -> None:
 def test_missing_and_damaged_files_are_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run folder"):
         _ = Run(tmp_path / "none").summary
+    with pytest.raises(UserError, match=r"is no run folder, it has no config\.json"):
+        _ = Run(tmp_path).summary
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"has no summary\.json; the run has not come so far"):
         _ = Run(tmp_path).summary
-    (tmp_path / "summary.json").write_text("{")
-    with pytest.raises(UserError, match="damaged"):
-        _ = Run(tmp_path).summary
+    with pytest.raises(UserError, match=r"there is no run folder .*config\.json, which is a file"):
+        _ = Run(tmp_path / "config.json").summary
+    for damaged in (b"{", b"[]", b"null", b'{"a": "\xff"}'):
+        (tmp_path / "summary.json").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"summary\.json is damaged"):
+            _ = Run(tmp_path).summary
+    with pytest.raises(UserError, match=r"has no curve\.json, though the run is finished"):
+        _ = Run(tmp_path).curve
+
+
+TEST = {"tasks": 2, "steps": [0, 1], "metric": "accuracy", "mean": [0.2, 0.5], "ci95": [0.1, None]}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"algorithm": None}, {"sampler": 3}, {"test": TEST | {"mean": [0.2]}}, {"test": TEST | {"mean": [0.2, "high"]}},
+        {"test": {k: v for k, v in TEST.items() if k != "ci95"}}, {"test": TEST | {"steps": []}}, {"test": TEST | {"tasks": 0}},
+        {"test": [1]}, {"test": TEST | {"metric": None}},
+    ],
+)  # fmt: skip
+def test_a_summary_that_was_edited_is_one_sentence(tmp_path: Path, changed: dict[str, Any]) -> None:
+    sound = {"algorithm": "maml", "sampler": "glyphs", "test": TEST}
+    (tmp_path / "summary.json").write_text(json.dumps(sound))
+    assert Run(tmp_path).result == sound
+    (tmp_path / "summary.json").write_text(json.dumps(sound | changed))
+    with pytest.raises(UserError, match=r"summary\.json is damaged \(.*\); restore it or repeat the run"):
+        _ = Run(tmp_path).result
+
+
+@pytest.mark.parametrize("line", ['"x"', '{"loss": 1}', '{"iteration": 3, "loss": "low"}', "[]", "{", "\xff"])
+def test_a_journal_names_its_damaged_line_and_a_torn_end_is_no_damage(tmp_path: Path, line: str) -> None:
+    sound = '{"iteration": 1, "loss": null}'
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_text(f"{sound}\n{line}\n{sound}\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged \(line 2 is no row of a run"):
+        _ = Run(tmp_path).metrics
+    with pytest.raises(UserError, match="line 2"):
+        Run(tmp_path).rows(torn=True)
+    (tmp_path / "metrics.jsonl").write_text(f"{sound}\n{line}")
+    assert Run(tmp_path).rows(torn=True) == [{"iteration": 1, "loss": None}]
 
 
 def sinusoid(out: Path, *flags: str) -> subprocess.Popen[str]:

@@ -45,10 +45,17 @@ def test_hours_are_hours(tmp_path: Path) -> None:
 
 def test_the_result_of_a_run_that_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder(tmp_path, ROWS)
-    test = {"metric": "accuracy", "mean": [0.2, 0.9], "ci95": [0.1, 0.01], "tasks": 600}
-    (tmp_path / "summary.json").write_text(json.dumps({"test": test, "inner_steps": 1}))
-    follow(tmp_path)
-    assert capsys.readouterr().out.splitlines()[-1] == "tested: accuracy 0.9 ± 0.01 after 1 steps, 600 tasks"
+    test = {"metric": "accuracy", "steps": [0, 1], "mean": [0.2, 0.9], "ci95": [0.1, None], "tasks": 6000}
+    summary = {"algorithm": "anil", "sampler": "glyphs", "test": test, "inner_steps": 1}
+    for name, steps, said in [
+        ("accuracy", 0, "20.00 ± 10.00 % after 0 steps"),
+        ("accuracy", 1, "90.00 ± not finite % after 1 step"),
+        ("squared error", 0, "0.2 ± 0.1 after 0 steps"),
+    ]:
+        changed = summary | {"test": test | {"metric": name}, "inner_steps": steps}
+        (tmp_path / "summary.json").write_text(json.dumps(changed))
+        follow(tmp_path)
+        assert capsys.readouterr().out.splitlines()[-1] == f"tested: {name} {said}, 6,000 tasks"
 
 
 def test_without_a_terminal_it_is_shown_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,7 +73,7 @@ def test_a_damaged_journal_and_no_run_at_all(tmp_path: Path) -> None:
     folder(tmp_path, ROWS)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     (tmp_path / "metrics.jsonl").write_text("\n".join([lines[0], "nonsense", *lines[1:]]))
-    with pytest.raises(UserError, match=r"metrics.jsonl is damaged in line 2; delete that line"):
+    with pytest.raises(UserError, match=r"metrics.jsonl is damaged \(line 2 is no row of a run"):
         view(Run(tmp_path))
     with pytest.raises(UserError, match="there is no run folder"):
         follow(tmp_path / "none")

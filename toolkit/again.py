@@ -4,6 +4,8 @@ What a run folder says is data. The names in it that stand for code of the user'
 until the user types them again.
 """
 
+import logging
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from toolkit import experiment, parts, plugins
 from toolkit.errors import UserError
-from toolkit.flags import EpisodeFlags, Flags, checked
+from toolkit.flags import PROTOCOLS, EpisodeFlags, Flags, checked
 from toolkit.landscape import landscape
 from toolkit.learner import Learner, Meta
 from toolkit.plan import Plan
@@ -33,6 +35,13 @@ TEST_ONLY = (
     "eval_seed", "protocol", "permutations", "support_copies", "inner_lr", "rule", "batch_norm", "data_root", "download",
     "device", "map", "chunk", "out", "overwrite", "debug",
 )  # fmt: skip
+
+NAMED = (  # what neither the name of a run nor the size of its test tells, and makes another evaluation
+    "dataset", "sampler_args", "dataset_args", "eval_queries", "permutations", "support_copies", "inner_lr", "rule",
+    "batch_norm",
+)  # fmt: skip
+TIMED = ("seconds_per_task", "seconds", "mb_per_task")  # no two runs have the same
+log = logging.getLogger("toolkit")
 
 
 def flags_of(run: Run, words: Sequence[str] = (), about: str = "") -> Flags:
@@ -69,29 +78,33 @@ def evaluated(run: Run, words: Sequence[str]) -> tuple[Path, dict[str, Any]]:
     Raises UserError for a flag that only training can use, and for tasks that the model does not fit.
     """
     kept = replace(flags_of(run, _code(words)), out=None)
-    flags = checked(flags_of(run, words, evaluated.__doc__ or ""))
+    flags = flags_of(run, words, evaluated.__doc__ or "")
+    if flags.protocol and flags.eval_tasks == kept.eval_tasks:
+        flags = replace(flags, eval_tasks=PROTOCOLS[flags.protocol])
+    flags = checked(flags)
     for field in fields(flags):
         before = run.config[field.name] if field.name in ("algorithm", "model") else getattr(kept, field.name)
         if getattr(flags, field.name) != before and field.name not in TEST_ONLY:
             flag = field.name.replace("_", "-")
             raise UserError(f"--{flag} belongs to training, which is over; `toolkit evaluate` takes {_listed(TEST_ONLY)}")
-    if isinstance(flags, EpisodeFlags) and isinstance(kept, EpisodeFlags):
-        trained = kept.train_ways or kept.ways
-        # Fewer ways leave the model's outputs as they are.
-        flags = flags if flags.ways == kept.ways else replace(flags, train_ways=trained if flags.ways < trained else None)
+    flags = _as_trained(flags, kept)
     if flags.sampler != kept.sampler and flags.dataset == kept.dataset:
         flags = replace(flags, dataset=None, dataset_args=())
     flags, learner, tasks = parts.assemble(flags)
     learner = experiment.on_device(flags.device, learner)
     outcome = replace(_outcome(run), best=_fitting(run, learner, _weights(run)))
     config = experiment.configuration(flags, str(run.config.get("experiment", "")), learner)
-    folder = flags.out or run.path / "evaluations" / f"{flags.run_name}-{flags.eval_tasks}x{flags.eval_steps}-{flags.eval_seed}"
-    prepare(folder, config, resume=False, overwrite=flags.overwrite)
+    name = f"{flags.run_name}-{flags.eval_tasks}x{flags.eval_steps}-{flags.eval_seed}"
+    changed = {key: getattr(flags, key) for key in NAMED if getattr(flags, key, None) != getattr(kept, key, None)}
+    name += "".join(f"-{key}-{re.sub('[^A-Za-z0-9.=_-]+', '_', str(value))}" for key, value in changed.items())
+    folder = flags.out or run.path / "evaluations" / name
+    _place(run, folder, config, flags.overwrite)
     where = words.index("--data-root") if "--data-root" in words else len(words)
     typed = [*words[:where], *words[where + 2 :]]  # a data root belongs to a machine
+    place = run.path.name if run.path.is_absolute() else str(run.path)
     traces = {
         "git": code_version(),
-        "command": shlex.join(["toolkit", "evaluate", run.path.name, *typed]),
+        "command": shlex.join(["toolkit", "evaluate", place, *typed]),
         "weights_of": run.path.name,
     }
     summary = judged(folder, flags, config, learner, outcome, tasks.test, tasks.chance, traces)
@@ -105,9 +118,19 @@ def evaluated(run: Run, words: Sequence[str]) -> tuple[Path, dict[str, Any]]:
 
 def repeated(run: Run, words: Sequence[str]) -> tuple[Path, list[str]]:
     """Repeats a run by the plan that it had, into a folder of its own beside it, and says what differs: nothing, where all
-    numbers are the same to the last bit. A repetition that was stopped goes on."""
+    numbers are the same to the last bit. A repetition that was stopped goes on.
+
+    Raises UserError for a folder that holds no training, lacks a file to compare with, or has its repetition already."""
+    if "weights_of" in run.summary:
+        raise UserError(
+            f"{run.path} is an evaluation of the weights of {run.summary['weights_of']}, which has no training to repeat; give "
+            f"that run, or test it again by `{run.summary.get('command')}`"
+        )
+    _ = run.result, run.curve, run.metrics  # before hours of training
     flags = flags_of(run, words, repeated.__doc__ or "")
     out = flags.out or run.path.with_name(f"{run.path.name}-again")
+    if (out / "summary.json").exists():
+        raise UserError(f"{out} is finished already; remove it to repeat the run again, or give another place with --out")
     if config_hash(experiment.configuration(flags, run.config["experiment"])) != config_hash(run.config):
         raise UserError(
             f"these flags make another run than {run.path}; `toolkit rerun` takes --out, --data-root and names of code"
@@ -136,8 +159,15 @@ def differences(first: Run, second: Run) -> list[str]:
         if a != b:
             found.append(f"training differs from iteration {int(a['iteration'])} on")
             break
+    else:
+        if len(rows[0]) != len(rows[1]):
+            found.append(f"the journals of training have {len(rows[0])} and {len(rows[1])} rows")
+    here, there = first.summary, second.summary
+    for part in ("test", "card", "selected"):
+        a, b = (summary.get(part) or {} for summary in (here, there))
+        keys = sorted(key for key in a.keys() & b.keys() if key not in TIMED and a[key] != b[key])
+        found += [f"{part} {key} in summary.json differs" for key in keys]
     if found:
-        here, there = first.summary, second.summary
         for key, v in here.get("versions", {}).items():
             if there["versions"].get(key) != v:
                 found.append(f"{key} was {v} and is {there['versions'].get(key)}")
@@ -148,13 +178,14 @@ def differences(first: Run, second: Run) -> list[str]:
 
 
 def shown(run: Run, index: int, words: Sequence[str], path: bool = False, gif: bool = False) -> list[Path]:
-    """Draws test task `index` of a run with its predictions, as task-INDEX in the run folder; with `path` also how the weights
-    walk over the losses around them (path-INDEX), with `gif` the predictions step by step (adaptation-INDEX.gif). Returns the
-    files."""
+    """Draws test task `index` of a run with its predictions, as task-INDEX in the run folder or in --out; with `path` also how
+    the weights walk over the losses around them (path-INDEX), with `gif` the predictions step by step (adaptation-INDEX.gif).
+    Returns the files."""
     if index < 0:
         raise UserError(f"task {index} is none; tasks are numbered from 0")
     flags = checked(flags_of(run, words, shown.__doc__ or ""))
-    flags, learner, tasks = parts.assemble(flags)
+    place = flags.out or run.path
+    flags, learner, tasks = parts.assemble(_as_trained(flags, flags_of(run, _code(words))))
     learner = experiment.on_device(flags.device, learner)
     weights, steps = _fitting(run, learner, _weights(run)), max(flags.eval_steps, learner.steps)
     tensors = example(flags, learner, weights, tasks.test, index)
@@ -170,12 +201,37 @@ def shown(run: Run, index: int, words: Sequence[str], path: bool = False, gif: b
     made = {f"task-{index}": figures.example(opened)}
     if path:
         task = move(take(draw(tasks.test, 1, flags.eval_seed, index, "test"), 0), flags.device)
-        made[f"path-{index}"] = drawn(landscape(learner, weights, task, steps), title)
-    written = [file for name, figure in made.items() for file in save(figure, run.path / name)]
+        try:
+            made[f"path-{index}"] = drawn(landscape(learner, weights, task, steps), title)
+        except UserError as error:  # weights that do not move have no path; the rest is drawn
+            log.warning("no path-%d: %s", index, error)
+    written = [file for name, figure in made.items() for file in save(figure, place / name)]
     if gif:
         all_steps = example(flags, learner, weights, tasks.test, index, range(steps + 1))
-        written.append(animate(all_steps, title, run.path / f"adaptation-{index}.gif"))
+        written.append(animate(all_steps, title, place / f"adaptation-{index}.gif"))
     return written
+
+
+def _as_trained(flags: Flags, kept: Flags) -> Flags:
+    """The flags of a test with the model's outputs as training had them: fewer ways leave some without a class."""
+    if not (isinstance(flags, EpisodeFlags) and isinstance(kept, EpisodeFlags)) or flags.ways == kept.ways:
+        return flags
+    trained = kept.train_ways or kept.ways
+    return replace(flags, train_ways=trained if flags.ways < trained else None)
+
+
+def _place(run: Run, folder: Path, config: dict[str, Any], overwrite: bool) -> None:
+    """Makes the folder of an evaluation, in place of one that was stopped. Raises UserError where that is the run's own, and
+    where another evaluation is finished and may not be replaced."""
+    here, own = folder.resolve(), run.path.resolve()
+    if here == own or here in own.parents:
+        raise UserError(f"--out {folder} is the run {run.path} or holds it; choose another place")
+    finished = (folder / "summary.json").exists()
+    if finished and not overwrite:
+        raise UserError(f"the evaluation {folder} exists; replace it with --overwrite, or choose another place with --out")
+    # Of another run, which has more than an evaluation that was stopped, nothing is lost without being asked for.
+    stopped = not finished and not any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints"))
+    prepare(folder, config, resume=False, overwrite=overwrite or stopped)
 
 
 def _code(words: Sequence[str]) -> list[str]:
@@ -191,7 +247,9 @@ def _code(words: Sequence[str]) -> list[str]:
 def _weights(run: Run) -> Meta:
     loaded = checkpoint.load_newest(run.path / "checkpoints", config_hash(run.config))
     if loaded is None:
-        raise UserError(f"{run.path} has no checkpoint, only numbers; `toolkit rerun {run.path.name}` makes its weights anew")
+        if "weights_of" in run.summary:
+            raise UserError(f"{run.path} is an evaluation without weights; give the run, {run.summary['weights_of']}")
+        raise UserError(f"{run.path} has no checkpoint, only numbers; `toolkit rerun {run.path}` makes its weights anew")
     return loaded[0]
 
 

@@ -1,13 +1,16 @@
 """The `toolkit` command: what there is to plug in, templates for more, a check of samplers, and tools on finished runs."""
 
 import argparse
+import logging
+import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
+from toolkit import __version__
 from toolkit.arguments import undotted
-from toolkit.errors import UserError
+from toolkit.errors import UserError, in_words, plain_output
 
 # What a command does stands in `commands.py` and is imported when it is called, so that --help comes at once.
 
@@ -16,7 +19,9 @@ class Help(argparse.HelpFormatter):
     """Help with defaults, where there are any to know."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        known = action.default not in (None, False, argparse.SUPPRESS, []) and action.option_strings
+        # By identity: 0 is a default that is worth to be known, and equals False.
+        known = action.default is not None and action.default is not False and action.default not in (argparse.SUPPRESS, [])
+        known = known and bool(action.option_strings)
         return f"{action.help} (default: %(default)s)" if known else action.help
 
 
@@ -24,6 +29,9 @@ def main() -> None:
     """Runs the command line. The exit code is 0; 1 where something was found wanting (a sampler with faults, a repetition that
     differs, a model that the doctor objects to); or 2 after one sentence on what to mend."""
     words = sys.argv[1:]
+    plain_output()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("toolkit").setLevel(logging.INFO)
     parser = _parser()
     try:
         words = undotted(words)
@@ -33,10 +41,13 @@ def main() -> None:
         arguments.flags = rest
         name = arguments.command.replace("-", "_")
         code = getattr(import_module("toolkit.commands"), "list_" if name == "list" else name)(arguments)
-    except UserError as error:
+    except BrokenPipeError:  # whoever reads our output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        parser.exit(0)
+    except (UserError, OSError) as error:
         if "--debug" in words:
             raise
-        parser.exit(2, f"error: {error}\n")
+        parser.exit(2, f"error: {in_words(error)}\n")
     except KeyboardInterrupt:
         parser.exit(130, "\ninterrupted\n")
     parser.exit(code)
@@ -44,6 +55,7 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="toolkit", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     debug = argparse.ArgumentParser(add_help=False)
     debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -124,7 +136,7 @@ def _finished(command: Add) -> None:
     _run(evaluate)
     rerun = command(
         "rerun", "repeat a run exactly and say whether the numbers are equal", takes_flags=True,
-        epilog="It takes --out (by default RUN-again), --data-root and --device. Exit code 1: some number differs.",
+        epilog="It takes --out (by default RUN-again), --data-root and names of code. Exit code 1: some number differs.",
     )  # fmt: skip
     _run(rerun)
     show = command("show-task", "draw a test task of a saved run with its predictions", takes_flags=True)
@@ -138,9 +150,9 @@ def _finished(command: Add) -> None:
 
 
 def _results(command: Add) -> None:
-    plot = command("plot", "draw the figures of run folders anew, or one figure of several runs")
+    plot = command("plot", "draw the figures of each run folder anew, or one figure of several runs")
     _run(plot, several=True)
-    plot.add_argument("--out", type=Path, help="also draw one figure of all runs, as OUT.png, OUT.pdf and OUT.csv")
+    plot.add_argument("--out", type=Path, help="draw one figure of all runs instead, as OUT.png, OUT.pdf and OUT.csv")
     plot.add_argument(
         "--kind", default="adaptation", metavar="KIND",
         help="what that figure is: adaptation, training, pairs (of two), reliability, shots or ways (accuracy against them)",

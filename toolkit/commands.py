@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,11 +12,16 @@ from tqdm import tqdm
 
 from toolkit import parts, plugins
 from toolkit.choose import in_units, survey
-from toolkit.errors import UserError, unknown
+from toolkit.errors import UserError, in_words, unknown
 from toolkit.flags import EpisodeFlags, checked
 from toolkit.plugins import Plugin
 from toolkit.runs.folder import Run
 from toolkit.task import TaskSampler, draw, take
+
+
+def opened(path: Path) -> Run:
+    """The run in a folder, which has a name even where it was given as "."."""
+    return Run(path if path.name not in ("", "..") else path.resolve())
 
 
 def list_(arguments: argparse.Namespace) -> int:
@@ -137,7 +143,7 @@ def _predicted(arguments: argparse.Namespace, flags: EpisodeFlags) -> int:
 def evaluate(arguments: argparse.Namespace) -> int:
     from toolkit.again import evaluated
 
-    folder, _ = evaluated(Run(arguments.folder), arguments.flags)
+    folder, _ = evaluated(opened(arguments.folder), arguments.flags)
     print(f"written as a run folder: {folder}")
     return 0
 
@@ -145,7 +151,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 def rerun(arguments: argparse.Namespace) -> int:
     from toolkit.again import repeated
 
-    folder, differing = repeated(Run(arguments.folder), arguments.flags)
+    folder, differing = repeated(opened(arguments.folder), arguments.flags)
     print(f"{folder} against {arguments.folder}: {'they differ' if differing else 'all numbers are equal, to the last bit'}")
     for line in differing:
         print(f"- {line}")
@@ -155,7 +161,7 @@ def rerun(arguments: argparse.Namespace) -> int:
 def show_task(arguments: argparse.Namespace) -> int:
     from toolkit.again import shown
 
-    print(*shown(Run(arguments.folder), arguments.index, arguments.flags, arguments.path, arguments.gif), sep="\n")
+    print(*shown(opened(arguments.folder), arguments.index, arguments.flags, arguments.path, arguments.gif), sep="\n")
     return 0
 
 
@@ -172,18 +178,24 @@ def plot(arguments: argparse.Namespace) -> int:
 
     if arguments.kind not in KINDS:
         raise unknown("kind of figure", arguments.kind, KINDS)
-    if arguments.kind == "adaptation":
-        print(*(path for run in arguments.runs for path in draw_run(run)), sep="\n")
     if arguments.kind != "adaptation" or arguments.out:
-        runs = [Run(path) for path in arguments.runs]
+        runs = [opened(path) for path in arguments.runs]
         print(*save(KINDS[arguments.kind](runs), arguments.out or Path(arguments.kind)), sep="\n")
-    return 0
+        return 0
+    failed = 0
+    for path in arguments.runs:
+        try:
+            print(*draw_run(path), sep="\n")
+        except (UserError, OSError) as error:  # the others go on
+            print(f"error: {in_words(error)}", file=sys.stderr)
+            failed += 1
+    return 2 if failed else 0
 
 
 def compare(arguments: argparse.Namespace) -> int:
     from toolkit.runs.comparison import comparison, entries, grouped
 
-    made = entries(grouped([Run(path) for path in arguments.runs]))
+    made = entries(grouped([opened(path) for path in arguments.runs]))
     if len(made) < 2:
         raise UserError(f"the runs given are one method, {made[0].method}; give runs of at least two")
     print(comparison(made, arguments.step))
@@ -200,7 +212,7 @@ def table(arguments: argparse.Namespace) -> int:
     if arguments.sources:
         files = [path for path in arguments.sources if path.suffix == ".json"]
         rows = [row for file in files for row in tables.read(file)]
-        rows += tables.of_runs([Run(path) for path in arguments.sources if path not in files])
+        rows += tables.of_runs([opened(path) for path in arguments.sources if path not in files])
         if not rows:
             raise UserError(f"{', '.join(map(str, files))} has no finished run yet; `make results` makes them")
         asked = [name.strip() for name in arguments.columns.split(",")] if arguments.columns else tables.COLUMNS
@@ -212,7 +224,7 @@ def table(arguments: argparse.Namespace) -> int:
 def report(arguments: argparse.Namespace) -> int:
     from toolkit.report import write
 
-    print(write([Run(path) for path in arguments.runs], arguments.out))
+    print(write([opened(path) for path in arguments.runs], arguments.out))
     return 0
 
 

@@ -102,8 +102,8 @@ def run(
         return finished
     from toolkit.plots.save import draw_run
 
-    draw_run(folder)
     print(table(summary))
+    draw_run(folder)
     print(f"run folder: {folder} (summary.json, curve.json, adaptation.png, training.png, ...)")
     return finished
 

@@ -16,7 +16,7 @@ from toolkit import algorithms
 from toolkit.arguments import preset, undotted
 from toolkit.cluster import asked, submit, without
 from toolkit.distributed import join, leave, said_already, started
-from toolkit.errors import UserError
+from toolkit.errors import UserError, in_words, plain_output
 from toolkit.learner import Learner
 from toolkit.metrics import accuracy, cross_entropy
 from toolkit.rule_line import parse
@@ -226,6 +226,7 @@ def build(flags: Flags, model: nn.Module, classes: int | None = None, **given: A
 
 def launch(flags_type: type[F], body: Callable[[F], object], presets: dict[str, dict[str, Any]], doc: str) -> None:
     """Parses the command line into `flags_type` and calls `body`. A UserError becomes one sentence and exit code 2."""
+    plain_output()
     rank = os.environ.get("RANK", "0") if started() else "0"
     logging.basicConfig(level=logging.WARNING, format="%(message)s" if rank == "0" else f"process {rank}: %(message)s")
     log.setLevel(logging.INFO if rank == "0" else logging.ERROR)
@@ -242,8 +243,8 @@ def _launched(flags_type: type[F], body: Callable[[F], object], presets: dict[st
         join()
         default = replace(flags_type(), **preset(presets, sys.argv[1:]))
         flags = tyro.cli(flags_type, default=default, description=doc, args=undotted(sys.argv[1:]))
-    except UserError as error:
-        sys.exit(_say(error))
+    except (UserError, KeyboardInterrupt) as error:
+        sys.exit(_say(error) if isinstance(error, UserError) else 130)
     try:
         checked_flags = checked(flags) if isinstance(flags, Flags) else flags
         if getattr(flags, "slurm", None):
@@ -251,7 +252,7 @@ def _launched(flags_type: type[F], body: Callable[[F], object], presets: dict[st
             print(f"job {job.job_id}; what it says: {job.paths.stdout} and {job.paths.stderr.name}")
             return
         body(checked_flags)
-    except UserError as error:
+    except (UserError, OSError) as error:
         if getattr(flags, "debug", False):
             raise
         sys.exit(_say(error))
@@ -293,7 +294,7 @@ def checked(flags: T) -> T:
     return flags
 
 
-def _say(error: UserError) -> int:
-    if not said_already(str(error)):
-        print(f"error: {error}", file=sys.stderr)
+def _say(error: UserError | OSError) -> int:
+    if not said_already(in_words(error)):
+        print(f"error: {in_words(error)}", file=sys.stderr)
     return 2

@@ -20,7 +20,8 @@ class Difference(NamedTuple):
     """The mean difference between two methods on the same tasks, A minus B.
 
     `ci95` is half its 95 % interval; `p_sign` the two-sided sign test's probability over tasks, ties left out; `wins`, `ties`
-    and `losses` count tasks; `lost` counts the tasks without a finite value on both sides, which are left out.
+    and `losses` count tasks with A above, level and below; `lost` counts those left out, where a side has no finite value:
+    A on `lost_a` tasks, B on `lost_b`.
     """
 
     mean: float
@@ -30,6 +31,8 @@ class Difference(NamedTuple):
     ties: int
     losses: int
     lost: int
+    lost_a: int
+    lost_b: int
 
     @property
     def clear(self) -> bool:
@@ -64,4 +67,5 @@ def paired(a: Tensor, b: Tensor) -> Difference:
         ci95 = float((squares / (seeds * tasks)).sqrt())
     wins, losses = int((of_tasks > 0).sum()), int((of_tasks < 0).sum())
     sign = float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
-    return Difference(float(mean), ci95, sign, wins, tasks - wins - losses, losses, difference.shape[1] - tasks)
+    lost = [int((~torch.atleast_2d(side).isfinite().all(0)).sum()) for side in (a, b)]
+    return Difference(float(mean), ci95, sign, wins, tasks - wins - losses, losses, difference.shape[1] - tasks, *lost)

@@ -267,7 +267,9 @@ def plan(flags: Flags, learner: Learner, training: TaskSampler) -> Plan:
     found = compiled_plan(found) if flags.compile and flags.map == "auto" else found
     asked = {"memory": flags.memory, "compile": flags.compile, "autocast": flags.autocast}
     chunk = found.chunk if flags.chunk is None else flags.chunk
-    return replace(found, chunk=chunk, trace=flags.trace and not random and not flags.compile, **asked)  # type: ignore[arg-type]
+    # A recording of recomputed steps is as long as all of them: minutes and gigabytes for a large model.
+    records = flags.trace and flags.memory == "unroll" and not random and not flags.compile
+    return replace(found, chunk=chunk, trace=records, **asked)  # type: ignore[arg-type]
 
 
 def kept_plan(folder: Path) -> Plan | None:

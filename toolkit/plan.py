@@ -97,7 +97,8 @@ class Plan:
             return replace(self, chunk=self.size(total) // 2)
         if self.map == "threads" and self.workers != 1:
             return replace(self, workers=1)
-        return replace(self, memory="recompute") if self.memory == "unroll" else None
+        # Unrecorded: the recording of recomputed steps needs the memory that is short.
+        return replace(self, memory="recompute", trace=False) if self.memory == "unroll" else None
 
 
 def default_plan(learner: Learner, tasks: Task) -> Plan:

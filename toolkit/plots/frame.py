@@ -41,10 +41,7 @@ def tests_of(runs: Sequence[Run]) -> list[Test]:
     most = len(matplotlib.rcParams["axes.prop_cycle"])
     if not 1 <= len(runs) <= most:
         raise UserError(f"a figure holds 1 to {most} runs, not {len(runs)}; draw them in groups")
-    for run in runs:
-        if not run.summary.get("test"):
-            raise UserError(f"{run.path} has no test result in summary.json; let the run finish, or evaluate it first")
-    tests = [run.summary["test"] for run in runs]
+    tests = [run.result["test"] for run in runs]
     if len({test["metric"] for test in tests}) > 1:
         metrics = ", ".join(f"{run.path}: {test['metric']}" for run, test in zip(runs, tests, strict=True))
         raise UserError(f"runs of different metrics ({metrics}) do not fit in one figure; draw them separately")
@@ -52,20 +49,13 @@ def tests_of(runs: Sequence[Run]) -> list[Test]:
 
 
 def rows(run: Run, key: str) -> list[dict[str, float]]:
-    """The rows of metrics.jsonl that hold `key`. Raises UserError where a line is no row of a run."""
-    for at, row in enumerate(run.metrics, 1):
-        values = [row.get("iteration", ""), *row.values()] if isinstance(row, dict) else [""]
-        if values[0] is None or not all(value is None or isinstance(value, int | float) for value in values):
-            raise UserError(
-                f"{run.path / 'metrics.jsonl'} is damaged (line {at} is no row of a run, which has an iteration and numbers by "
-                "name); restore it or repeat the run"
-            )
+    """The rows of metrics.jsonl that hold `key`."""
     return [row for row in run.metrics if key in row]
 
 
 def label(run: Run) -> str:
     """What names a run in a legend: its algorithm, and its folder in brackets, shortened in the middle when long."""
-    name, algorithm = run.path.resolve().name, str(run.summary["algorithm"])
+    name, algorithm = run.path.resolve().name, str(run.result["algorithm"])
     if len(name) > NAME:
         name = f"{name[: NAME // 2]}…{name[1 - NAME // 2 :]}"
     return algorithm if name == algorithm else f"{algorithm} ({name})"
@@ -73,8 +63,8 @@ def label(run: Run) -> str:
 
 def heading(runs: Sequence[Run]) -> str:
     """What a figure shows: the samplers of the runs, each once, and the algorithm when there is one run."""
-    names = distinct([run.summary["sampler"] for run in runs])
-    return names if len(runs) > 1 else f"{runs[0].summary['algorithm']} on {names}"
+    names = distinct([run.result["sampler"] for run in runs])
+    return names if len(runs) > 1 else f"{runs[0].result['algorithm']} on {names}"
 
 
 def distinct(values: Sequence[Any]) -> str:

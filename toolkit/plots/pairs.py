@@ -42,7 +42,7 @@ def pairs(runs: Sequence[Run]) -> Figure:
         raise UserError(
             f"no test task has a finite {tests[0]['metric']} in both {runs[0].path} and {runs[1].path}; give others"
         )
-    names = [str(run.summary["algorithm"]) for run in runs]
+    names = [str(run.result["algorithm"]) for run in runs]
     short = names[0] != names[1] and max(map(len, names)) <= NAME
     names = names if short else ["A", "B"]
     figure = Figure(figsize=(2 * frame.WIDTH, HEIGHT))

@@ -50,7 +50,7 @@ def reliability(runs: Sequence[Run]) -> Figure:
 
 
 def _trained(run: Run) -> int:
-    return min(int(run.summary.get("inner_steps") or 0), len(run.summary["test"]["steps"]) - 1)
+    return min(int(run.summary.get("inner_steps") or 0), len(run.result["test"]["steps"]) - 1)
 
 
 def _measured(run: Run, k: int) -> tuple[frame.Numbers, float]:

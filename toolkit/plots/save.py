@@ -3,7 +3,8 @@
 import csv
 import io
 import logging
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle, StepPatch
 
+from toolkit.errors import UserError
 from toolkit.files import replace
 from toolkit.plots import figures
 from toolkit.plots.frame import styled
@@ -35,11 +37,15 @@ def save(figure: Figure, path: Path) -> list[Path]:
     """Writes `path`.png (200 dpi), `path`.pdf and, where curves, points or bars are drawn, the numbers of these as `path`.csv,
     each whole or not at all, and clears the figure. Returns the paths.
 
-    `path` has no suffix: whatever stands behind a dot in its name is kept. Its folder is made when missing.
+    `path` has no suffix: whatever stands behind a dot in its name is kept. Its folder is made when missing. Raises UserError
+    for a path that names a folder only.
     """
+    if path.name in ("", ".."):
+        raise UserError(f"{path} is a folder; name the figure in it, as in {path / 'curves'}")
     path.parent.mkdir(parents=True, exist_ok=True)
     written = []
-    with styled():
+    with styled(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a name in a script that the font lacks
         for suffix, metadata in METADATA.items():
             buffer = io.BytesIO()
             figure.savefig(buffer, format=suffix, dpi=200, metadata=metadata)
@@ -128,21 +134,40 @@ def _of_band(band: FillBetweenPolyCollection) -> list[tuple[Value, Value, Value,
 
 def draw_run(path: Path) -> list[Path]:
     """Draws adaptation, training, reliability where it was measured, learned rates where there are any, and the example task
-    (task or fits) into the run folder `path`, from its files alone.
+    (task or fits) into the run folder `path`, from its files alone, and returns the files.
 
-    An example that is no image classification and no scalar regression is left out with a log message. Nothing is
-    written when a drawing fails. Raises UserError when the folder lacks a file or a test result.
+    An example that is no image classification and no scalar regression is left out with a log message, and so are the course
+    and the rates of training of an evaluation, which has none. Raises UserError when the folder lacks a file or a test result,
+    or has a damaged one; the figures that do not need it are drawn all the same.
     """
     run = Run(path)
-    drawn = {"adaptation": figures.adaptation([run]), "training": figures.training([run])}
-    if measured(run):
-        drawn["reliability"] = reliability([run])
-    if any(key.startswith("rate/") for row in run.metrics for key in row):
-        drawn["rates"] = learned_rates(run)
-    if not (path / "example.safetensors").exists():
-        log.info("the tasks of %s have no picture: their inputs have several parts", path)
+    drawn: dict[str, Figure] = {}
+    problems: list[UserError] = []
+
+    def attempt(draw: Callable[[], Mapping[str, Figure]]) -> None:
+        try:
+            drawn.update(draw())
+        except UserError as error:
+            problems.append(error)
+
+    attempt(lambda: {"adaptation": figures.adaptation([run])})
+    attempt(lambda: {"reliability": reliability([run])} if measured(run) else {})
+    if not problems and "weights_of" not in run.summary:
+        attempt(lambda: {"training": figures.training([run])})
+        attempt(lambda: {"rates": learned_rates(run)} if any(key.startswith("rate/") for r in run.metrics for key in r) else {})
+    attempt(lambda: _example(run))
+    written = [file for name, figure in drawn.items() for file in save(figure, path / name)]
+    if problems:
+        also = f" (drawn without it: {', '.join(drawn)})" if drawn else ""
+        raise UserError("; ".join(dict.fromkeys(map(str, problems))) + also)
+    return written
+
+
+def _example(run: Run) -> dict[str, Figure]:
+    if not (run.path / "example.safetensors").exists():
+        log.info("the tasks of %s have no picture: their inputs have several parts", run.path)
     elif kind := figures.example_kind(run):
-        drawn[kind] = figures.example(run)
+        return {kind: figures.example(run)}
     else:
-        log.info("the example task of %s has no picture: it is neither images nor scalar regression", path)
-    return [file for name, figure in drawn.items() for file in save(figure, path / name)]
+        log.info("the example task of %s has no picture: it is neither images nor scalar regression", run.path)
+    return {}

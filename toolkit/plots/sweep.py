@@ -27,7 +27,7 @@ def sweep(runs: Sequence[Run], over: str) -> Figure:
     for run in runs:
         if not isinstance(run.config.get(over), int):
             raise UserError(f"{run.path} has no {over} in its config.json; draw runs of few-shot tasks that differ in {over}")
-        cells[str(run.summary["algorithm"])][run.config[over]].append(run)
+        cells[str(run.result["algorithm"])][run.config[over]].append(run)
     tests = frame.tests_of([next(iter(points.values()))[0] for points in cells.values()])
     for run in runs:
         frame.tests_of([run, runs[0]])
@@ -59,6 +59,6 @@ def sweep(runs: Sequence[Run], over: str) -> Figure:
 def _entry(group: Sequence[Run], place: str) -> Entry:
     made = grouped(group)
     if len(made) > 1:
-        method, paths = group[0].summary["algorithm"], ", ".join(str(run.path) for run in group)
+        method, paths = group[0].result["algorithm"], ", ".join(str(run.path) for run in group)
         raise UserError(f"the runs of {method} with {place} differ in more than the seed ({paths}); give those of one setting")
     return entries(made)[0]

@@ -12,8 +12,8 @@ from toolkit.files import replace
 from toolkit.report import cards, tables
 from toolkit.report.charts import Chart, charts, look
 from toolkit.report.markup import Html, embedded, join, tag
-from toolkit.report.view import View, names, read
-from toolkit.runs.folder import Run
+from toolkit.report.view import View, read
+from toolkit.runs.folder import Run, names
 
 HERE = Path(__file__).parent
 FEW = 6  # runs that a sentence names

@@ -1,7 +1,6 @@
 """What the page says of a run, read so that a damaged or old folder costs no more than what it lacks."""
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -108,13 +107,6 @@ def read(run: Run, name: str) -> tuple[View | None, str]:
         worst=kept if any(value is not None for value in kept) else worst or [None] * n,
     )
     return view, f"shown without {missing}" if missing else ""
-
-
-def names(paths: Sequence[Path]) -> list[str]:
-    """The shortest end of each path that tells it from the others, which are all different."""
-    ends = [["/".join(path.resolve().parts[-n:]) for n in range(1, len(path.resolve().parts) + 1)] for path in paths]
-    taken = Counter(end for of_path in ends for end in of_path)
-    return [next((end for end in of_path if taken[end] == 1), of_path[-1]) for of_path in ends]
 
 
 def mapping(value: Any) -> dict[str, Any]:

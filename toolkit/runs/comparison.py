@@ -12,7 +12,7 @@ from torch import Tensor
 from toolkit.curve import Curve
 from toolkit.errors import UserError
 from toolkit.intervals import Difference, paired
-from toolkit.runs.folder import NOT_HASHED, Run
+from toolkit.runs.folder import Run, config_hash, names
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,14 @@ class Entry:
     def trained_steps(self) -> int:
         """The point of the curve that counts as the method's result: the steps of its training; the last for what was trained
         without adaptation and adapts at test time all the same."""
-        steps = min(int(self.runs[0].summary["inner_steps"]), self.curve.steps)
+        steps = min(self.inner_steps, self.curve.steps)
         moves = not torch.equal(*(self.curve.metric[:, k].nan_to_num() for k in (0, -1)))
         return self.curve.steps if steps == 0 and moves else steps
+
+    @property
+    def inner_steps(self) -> int:
+        """The inner steps of training; a test may have stopped before them."""
+        return int(self.runs[0].result["inner_steps"])
 
     @property
     def seeds(self) -> list[int]:
@@ -41,7 +46,7 @@ class Entry:
     def values(self, step: int | None = None) -> Tensor:
         """The metric after `step` inner steps (those of training by default), shape (seeds, tasks)."""
         k = self.trained_steps if step is None else step
-        if k > self.curve.steps:
+        if not 0 <= k <= self.curve.steps:
             raise UserError(
                 f"{self.method} was tested for {self.curve.steps} inner steps, not {k}; choose among 0 to {self.curve.steps}"
             )
@@ -67,18 +72,20 @@ def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
     tells it from the others, else by its first folder. Raises UserError for two runs of one method and seed."""
     found: dict[str, list[Run]] = {}
     for run in runs:
-        kept = {key: value for key, value in run.config.items() if key not in (*NOT_HASHED, "seed")}
-        found.setdefault(str(sorted(kept.items(), key=str)), []).append(run)
+        if not isinstance(run.config.get("seed"), int):
+            raise UserError(f"{run.path} has no seed in its config.json; give runs of experiments")
+        found.setdefault(config_hash(run.config | {"seed": None}), []).append(run)
     groups = [sorted(group, key=lambda run: int(run.config["seed"])) for group in found.values()]
     for first, second in (pair for group in groups for pair in pairwise(group)):
         if first.config["seed"] == second.config["seed"]:
             raise UserError(
                 f"{first.path} and {second.path} are one method with the same seed {first.config['seed']}; give one of them"
             )
-    names = [str(group[0].summary["algorithm"]) for group in groups]
+    methods = [str(group[0].result["algorithm"]) for group in groups]
+    places = names([group[0].path for group in groups])
     return {
-        name if names.count(name) == 1 else f"{name} ({group[0].path.resolve().name})": group
-        for name, group in zip(names, groups, strict=True)
+        method if methods.count(method) == 1 else f"{method} ({place})": group
+        for method, place, group in zip(methods, places, groups, strict=True)
     }
 
 
@@ -119,10 +126,12 @@ def _listed(seeds: Sequence[int]) -> str:
 
 
 def verdict(found: Difference, metric_name: str) -> str:
-    """In words: better or worse only where the interval excludes 0; accuracy is better when larger, an error when smaller."""
-    if not found.clear:
+    """In words: better or worse only where the interval excludes 0, and not in favour of a side without a finite value on some
+    tasks; accuracy is better when larger, an error when smaller."""
+    better = (found.mean > 0) == (metric_name == "accuracy")
+    if not found.clear or (found.lost_a if better else found.lost_b):
         return "no difference shown"
-    return "better" if (found.mean > 0) == (metric_name == "accuracy") else "worse"
+    return "better" if better else "worse"
 
 
 def comparison(made: Sequence[Entry], step: int | None = None) -> str:
@@ -136,10 +145,16 @@ def comparison(made: Sequence[Entry], step: int | None = None) -> str:
         f"{'method':{width}}  seeds  {'mean':>17}  {'difference':>19}  {'won, tied, lost':>17}  sign test",
     ]
     for entry in made:
+        if step is None and entry.curve.steps < entry.inner_steps:
+            raise UserError(
+                f"{entry.method} was trained with {entry.inner_steps} inner steps and tested for {entry.curve.steps}; compare "
+                "after as many with --step, or test it for more by `toolkit evaluate --eval-steps`"
+            )
         line = f"{entry.method:{width}}  {len(entry.seeds):>5}  {_pair(*entry.mean(step), percent):>17}"
         if entry is not base:
             found = difference(entry, base, step)
-            score = f"{found.wins}, {found.ties}, {found.losses}"
+            won, lost = (found.wins, found.losses) if percent else (found.losses, found.wins)  # the smaller error wins
+            score = f"{won}, {found.ties}, {lost}"
             gap = _pair(found.mean, found.ci95, percent, signed=True)
             line += f"  {gap:>19}  {score:>17}  p = {found.p_sign:<7.2g}  {verdict(found, name)}"
             line += f" ({found.lost} tasks without a finite value left out)" if found.lost else ""

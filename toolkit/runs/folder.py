@@ -7,8 +7,11 @@ example.safetensors  one test task with predictions                      checkpo
 
 import hashlib
 import json
+import math
 import shutil
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -52,6 +55,23 @@ class Run:
         return self._json("summary.json")
 
     @cached_property
+    def result(self) -> dict[str, Any]:
+        """The summary of a run that has a test result, whole enough to be drawn and compared."""
+        summary, test = self.summary, self.summary.get("test")
+        if not test:
+            raise UserError(f"{self.path} has no test result in summary.json; let the run finish, or evaluate it first")
+        try:
+            assert isinstance(summary["algorithm"], str) and isinstance(summary["sampler"], str), "no algorithm or sampler"
+            steps = [int(step) for step in test["steps"]]
+            assert steps and isinstance(test["metric"], str) and int(test["tasks"]) > 0, "no tasks, steps or metric"
+            for key in ("mean", "ci95"):
+                known = [value is None or math.isfinite(value) for value in test[key]]
+                assert len(known) == len(steps) and all(known), f"test {key} is not a number for each of its steps"
+        except (AssertionError, KeyError, TypeError, ValueError) as error:
+            raise self._damaged("summary.json", error) from None
+        return summary
+
+    @cached_property
     def curve(self) -> Curve:
         """The test curve, every task."""
         data = self._json("curve.json")
@@ -64,10 +84,23 @@ class Run:
     def metrics(self) -> list[dict[str, float]]:
         """Training rows {iteration, loss, metric, seconds}, validation rows {iteration, val_loss, val_metric, val_ci95}, and
         rows of learned inner rates {iteration, rate/<name>, ...}."""
-        try:
-            return [json.loads(line) for line in self._read("metrics.jsonl").splitlines()]
-        except json.JSONDecodeError as error:
-            raise self._damaged("metrics.jsonl", error) from None
+        return self.rows()
+
+    def rows(self, torn: bool = False) -> list[dict[str, float]]:
+        """The lines of metrics.jsonl; with `torn` without the last where that is half written, as in a run that goes on."""
+        lines, rows = self._read("metrics.jsonl").splitlines(), []
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                values = row.values()
+                assert isinstance(row["iteration"], int | float)
+                assert all(value is None or isinstance(value, int | float) for value in values)
+                rows.append(row)
+            except (json.JSONDecodeError, AttributeError, KeyError, TypeError, AssertionError):
+                if not (torn and number == len(lines)):
+                    why = f"line {number} is no row of a run, which has an iteration and numbers by name"
+                    raise self._damaged("metrics.jsonl", why) from None
+        return rows
 
     @cached_property
     def example(self) -> dict[str, Tensor]:
@@ -75,33 +108,56 @@ class Run:
         from safetensors import SafetensorError
         from safetensors.torch import load
 
+        name = "example.safetensors"
         try:
-            return load((self.path / "example.safetensors").read_bytes())
-        except FileNotFoundError:
-            raise self._missing("example.safetensors") from None
+            found = load(self._bytes(name))
         except SafetensorError as error:
-            raise self._damaged("example.safetensors", error) from None
+            raise self._damaged(name, error) from None
+        if missing := {"support_x", "support_y", "query_x", "query_y", "steps", "predictions"} - found.keys():
+            raise self._damaged(name, f"it has no {sorted(missing)[0]}")
+        return found
+
+    def _bytes(self, name: str) -> bytes:
+        try:
+            return (self.path / name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise self._missing(name) from None
 
     def _read(self, name: str) -> str:
         try:
-            return (self.path / name).read_text()
-        except FileNotFoundError:
-            raise self._missing(name) from None
+            return self._bytes(name).decode()
+        except UnicodeDecodeError as error:
+            raise self._damaged(name, error) from None
 
     def _json(self, name: str) -> dict[str, Any]:
         try:
-            data: dict[str, Any] = json.loads(self._read(name))
+            data = json.loads(self._read(name))
         except json.JSONDecodeError as error:
             raise self._damaged(name, error) from None
+        if not isinstance(data, dict):
+            raise self._damaged(name, f"it is a {type(data).__name__}, not names with values")
         return data
 
-    def _damaged(self, name: str, error: Exception) -> UserError:
+    def _damaged(self, name: str, error: Exception | str) -> UserError:
         return UserError(f"{self.path / name} is damaged ({error}); restore it or repeat the run")
 
     def _missing(self, name: str) -> UserError:
         if not self.path.is_dir():
-            return UserError(f"there is no run folder {self.path}; give the folder that holds config.json")
+            what = ", which is a file" if self.path.exists() else ""
+            return UserError(f"there is no run folder {self.path}{what}; give the folder that holds config.json")
+        there = [known for known in ("config.json", "summary.json") if (self.path / known).exists()]
+        if not there:
+            return UserError(f"{self.path} is no run folder, it has no config.json; give a folder that an experiment wrote")
+        if "summary.json" in there:
+            return UserError(f"{self.path} has no {name}, though the run is finished; what needs that file cannot be had of it")
         return UserError(f"{self.path} has no {name}; the run has not come so far, continue it with --resume")
+
+
+def names(paths: Sequence[Path]) -> list[str]:
+    """The shortest end of each path that tells it from the others, which are all different."""
+    ends = [["/".join(path.resolve().parts[-n:]) for n in range(1, len(path.resolve().parts) + 1)] for path in paths]
+    taken = Counter(end for of_path in ends for end in of_path)
+    return [next((end for end in of_path if taken[end] == 1), of_path[-1]) for of_path in ends]
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

@@ -24,12 +24,13 @@ COLUMNS = {
 
 
 class Csv:
-    """Training and validation rows as tables for a spreadsheet: training.csv and validation.csv in the run folder."""
+    """Training and validation rows as tables for a spreadsheet: csv/training.csv and csv/validation.csv in the run folder."""
 
     def __init__(self, folder: Path, start: int = 0) -> None:
-        self.folder = folder
+        self.folder = folder / "csv"  # beside the figures, whose numbers are tables called alike
+        self.folder.mkdir(exist_ok=True)
         for name, columns in COLUMNS.items():
-            with open(folder / name, "w", newline="") as file:
+            with open(self.folder / name, "w", newline="") as file:
                 csv.DictWriter(file, columns).writeheader()
         # A resumed run starts its tables anew from the journal: their own last line may be torn, and some may be missing.
         for row in Run(folder).metrics if start else ():

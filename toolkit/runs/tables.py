@@ -6,6 +6,7 @@ A table file is JSON, {"rows": [...]}; a row says `tasks` (words), `folder` (of 
 """
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,10 @@ COLUMNS = (
     "command",
 )  # fmt: skip
 MARK = re.compile(r"(<!-- table: (?P<files>[^|>]+?)(?: \| (?P<columns>[^>]+?))? -->\n)(?:.*?\n)??(<!-- end -->)", re.DOTALL)
+TEX = {sign: rf"\{sign}" for sign in "&%$#_{}"} | {
+    "±": r"$\pm$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}",
+    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,9 +46,9 @@ def read(path: Path) -> list[Row]:
         wanted = [
             (row["tasks"], _folders(place, row["folder"], row["seeds"]), row["command"], row["published"]) for row in rows
         ]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"there is no table {path}; give a table file (JSON with rows) or run folders") from None
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is no table of results ({error!r}); its rows need tasks, folder, seeds, command, published"
         ) from None
@@ -73,12 +78,15 @@ def _folders(place: Path, folder: str, seeds: int | None) -> list[Path]:
 
 def cells(rows: Sequence[Row]) -> list[dict[str, str]]:
     """The rows as words by column. "**" stands around the best result "as trained" of its tasks, where its paired difference to
-    every other row of these tasks excludes 0 (`intervals.paired`); so nowhere when test tasks differ."""
+    every other row of these tasks excludes 0 (`intervals.paired`); so nowhere when test tasks differ, and not around a result
+    without those of some tasks."""
     best = [_best([row for row in rows if row.tasks == one.tasks]) is one for one in rows]
     return [_cells(row, bold) for row, bold in zip(rows, best, strict=True)]
 
 
 def _best(rows: Sequence[Row]) -> Row | None:
+    if any(_cut(row.entry) for row in rows):
+        return None
     sign = 1 if rows[0].entry.curve.metric_name == "accuracy" else -1
     best = max(rows, key=lambda row: sign * row.entry.mean()[0])
     for other in rows:
@@ -89,20 +97,26 @@ def _best(rows: Sequence[Row]) -> Row | None:
             gap = difference(best.entry, other.entry)
         except UserError:
             return None
-        if not (gap.clear and sign * gap.mean > 0):
+        if not (gap.clear and sign * gap.mean > 0) or gap.lost_a:
             return None
     return best if len(rows) > 1 else None
+
+
+def _cut(entry: Entry) -> bool:
+    """Whether the test stopped before the steps of training."""
+    return entry.curve.steps < entry.inner_steps
 
 
 def _cells(row: Row, bold: bool) -> dict[str, str]:
     entry, summary = row.entry, row.entry.runs[0].summary
     result = _result(entry, entry.trained_steps)
+    cut = f" (after {entry.curve.steps} of {entry.inner_steps} steps)" if _cut(entry) else ""
     minutes = entry.cost("seconds") / 60
     return {
         "tasks": row.tasks,
-        "method": str(summary["algorithm"]),
+        "method": entry.method,
         "before": _result(entry, 0),
-        "as trained": f"**{result}**" if bold else result,
+        "as trained": f"**{result}**" if bold else result + cut,
         "at the end": _result(entry, entry.curve.steps),
         "seeds": str(len(entry.runs)),
         "test tasks": f"{entry.curve.tasks:,}",
@@ -117,16 +131,22 @@ def _result(entry: Entry, step: int) -> str:
     mean, half = entry.mean(step)
     if mean - mean != 0:
         return "not finite"
-    if entry.curve.metric_name == "accuracy":
-        return f"{100 * mean:.2f} ± {100 * half:.2f}"
-    median = entry.values(step).nanmedian()
-    return f"{mean:.3f} ± {half:.3f} (median {median:.3f})"
+    percent, finite = entry.curve.metric_name == "accuracy", entry.values(step).isfinite()
+    known = f"{100 * half:.2f}" if percent else f"{half:.3f}"
+    text = f"{100 * mean:.2f}" if percent else f"{mean:.3f}"
+    text += f" ± {known if math.isfinite(half) else '?'}"
+    text += "" if percent else f" (median {entry.values(step).nanmedian():.3f})"
+    return text if bool(finite.all()) else f"{text}, {1 - float(finite.double().mean()):.1%} of tasks lost"
 
 
 def markdown(rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> str:
     """The table in Markdown; accuracy in percent."""
-    lines = [list(columns), ["---"] * len(columns), *([row[column] for column in columns] for row in cells(rows))]
+    lines = [list(columns), ["---"] * len(columns), *([_cell(row[column]) for column in columns] for row in cells(rows))]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|")
 
 
 def latex(rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> str:
@@ -140,7 +160,7 @@ def latex(rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> str:
 def _tex(text: str) -> str:
     bold = text.startswith("**")
     code = text.startswith("`")
-    text = re.sub(r"([&%$#_{}])", r"\\\1", text.strip("*`")).replace("±", r"$\pm$").replace("~", r"\textasciitilde{}")
+    text = "".join(TEX.get(sign, sign) for sign in text.strip("*`"))
     return rf"\textbf{{{text}}}" if bold else rf"\texttt{{{text}}}" if code else text
 
 
@@ -150,7 +170,10 @@ def fill(file: Path) -> bool:
     UserError where it asks for none, or for a column that there is not."""
     if not file.is_file():
         raise UserError(f"there is no file {file}; give Markdown files that ask for tables")
-    old = file.read_text()
+    try:
+        old = file.read_text()
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is no text; give Markdown files that ask for tables") from None
 
     def table(found: re.Match[str]) -> str:
         columns = [name.strip() for name in (found["columns"] or ", ".join(COLUMNS)).split(",")]

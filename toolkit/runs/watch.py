@@ -1,10 +1,10 @@
 """A run as text, while it goes on: how far, how fast, how good."""
 
-import json
 import sys
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from toolkit.errors import UserError
 from toolkit.runs.folder import Run
@@ -30,23 +30,35 @@ def follow(folder: Path, once: bool = False) -> None:
 
 def view(run: Run) -> str:
     """The state of a run on some lines: iterations done and how long the rest may take, loss and metric of training and the
-    best validation so far, each with its course; the test result when there is one. A torn last line of the journal is left
-    out."""
-    total, rows = int(run.config["iterations"]), _rows(run)
+    metric on validation as they are now, each with its course; the test result when there is one. A torn last line of the
+    journal is left out."""
+    total, rows = run.config.get("iterations"), run.rows(torn=True) if (run.path / "metrics.jsonl").exists() else []
+    if not isinstance(total, int) or total < 1:
+        raise UserError(f"{run.path / 'config.json'} has no number of iterations; restore it or repeat the run")
     training = [row for row in rows if "loss" in row]
     validation = [row for row in rows if "val_loss" in row]
     done = int(rows[-1]["iteration"]) if rows else 0
     lines = [f"{run.path}: {run.config.get('algorithm')} on {run.config.get('sampler')}", _progress(done, total, training)]
     for key, name in (("loss", "loss"), ("metric", "metric")):
-        if values := [row[key] for row in training if key in row]:
+        if values := [row[key] for row in training if row.get(key) is not None]:
             lines.append(f"{name:22} {values[-1]:>10.4g}  {sparkline(values)}")
-    if values := [row["val_metric"] for row in validation if "val_metric" in row]:
+    if values := [row["val_metric"] for row in validation if row.get("val_metric") is not None]:
         lines.append(f"{'metric on validation':22} {values[-1]:>10.4g}  {sparkline(values)}")
     if (run.path / "summary.json").exists():
-        test, k = run.summary["test"], run.summary["inner_steps"]
-        k = min(k or 0, len(test["mean"]) - 1)
-        lines.append(f"tested: {test['metric']} {test['mean'][k]} ± {test['ci95'][k]} after {k} steps, {test['tasks']} tasks")
+        lines.append(_tested(run.result))
     return "\n".join(lines)
+
+
+def _tested(summary: dict[str, Any]) -> str:
+    test = summary["test"]
+    k = min(int(summary.get("inner_steps") or 0), len(test["mean"]) - 1)
+    percent = test["metric"] == "accuracy"
+    mean, half = (
+        "not finite" if value is None else f"{100 * value:.2f}" if percent else f"{value:.4g}"
+        for value in (test["mean"][k], test["ci95"][k])
+    )
+    unit = " %" * percent
+    return f"tested: {test['metric']} {mean} ± {half}{unit} after {k} step{'s' * (k != 1)}, {test['tasks']:,} tasks"
 
 
 def sparkline(values: list[float]) -> str:
@@ -59,11 +71,11 @@ def sparkline(values: list[float]) -> str:
 
 
 def _progress(done: int, total: int, training: list[dict[str, float]]) -> str:
-    bar = "█" * (20 * done // total)
+    bar = "█" * min(20 * done // total, 20)
     seconds = training[-1].get("seconds", 0.0) if training else 0.0
     rest = ""
     if done and seconds:
-        left = seconds / training[-1]["iteration"] * (total - done)
+        left = seconds / max(training[-1]["iteration"], 1) * max(total - done, 0)
         rest = f", {_time(seconds)} so far" + (f", about {_time(left)} left" if left else "")
     return f"{bar:░<20} {done:,} of {total:,} iterations{rest}"
 
@@ -71,19 +83,3 @@ def _progress(done: int, total: int, training: list[dict[str, float]]) -> str:
 def _time(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes}:{rest:02} min"
-
-
-def _rows(run: Run) -> list[dict[str, float]]:
-    """The rows of the journal so far; its last line may be half written just now."""
-    try:
-        lines = (run.path / "metrics.jsonl").read_text().splitlines()
-    except FileNotFoundError:
-        return []
-    rows = []
-    for number, line in enumerate(lines):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines) - 1:
-                raise UserError(f"{run.path / 'metrics.jsonl'} is damaged in line {number + 1}; delete that line") from None
-    return rows
