@@ -148,7 +148,11 @@ def test_the_path_and_the_animation_of_a_task(
     without = finished(tmp_path / "other", algorithm="protonet")
     with caplog.at_level("WARNING", "toolkit"):
         names = {path.name for path in shown(without, 0, ["--out", str(tmp_path / "figures")], path=True, gif=True)}
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == names == {"task-0.png", "task-0.pdf", "adaptation-0.gif"}
+    assert (
+        {path.name for path in (tmp_path / "figures").iterdir()}
+        == names
+        == {"task-0.png", "task-0.pdf", "task-0.csv", "adaptation-0.gif"}
+    )
     assert caplog.messages[-1].startswith("no path-0: ") and "protonet" in caplog.messages[-1]
 
 

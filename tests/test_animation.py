@@ -124,6 +124,10 @@ def test_a_method_without_inner_steps_has_no_path_but_a_picture(tmp_path: Path, 
     small = SHORT | {"queries": 1, "eval_queries": 1, "model": "conv4-32"}
     quickstart.main(quickstart.Config(algorithm="protonet", out=tmp_path / "run", **small))  # type: ignore[arg-type]
     with caplog.at_level("WARNING", "toolkit"):
-        assert [file.name for file in shown(Run(tmp_path / "run"), 0, [], path=True)] == ["task-0.png", "task-0.pdf"]
+        assert [file.name for file in shown(Run(tmp_path / "run"), 0, [], path=True)] == [
+            "task-0.png",
+            "task-0.pdf",
+            "task-0.csv",
+        ]
     assert "the weights of protonet do not move in 2 inner steps" in caplog.messages[-1]
     assert shown(Run(tmp_path / "run"), 0, [], gif=True)[-1].stat().st_size < 1e6

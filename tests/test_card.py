@@ -17,7 +17,7 @@ from toolkit.curve import Spread
 from toolkit.flags import EpisodeFlags, checked
 from toolkit.metrics import BINS, MEASURES, accuracy, brier, by_class, cross_entropy, ece, of_ways, reliability, squared_error
 from toolkit.models import mlp
-from toolkit.runs.summary import card, command
+from toolkit.runs.summary import Outcome, card, command, summarise
 from toolkit.samplers import Sinusoid
 from toolkit.task import Task, take
 
@@ -176,6 +176,18 @@ def test_the_card_of_a_summary_is_that_of_the_curve() -> None:
 def evaluated() -> Callable[[int], Curve]:
     own = learner()
     return lambda tasks: evaluate(own, own.init(), stream, tasks, 1)
+
+
+def test_the_loss_has_the_statistics_of_the_metric() -> None:
+    own = learner()
+    curve = evaluate(own, own.init(), stream, 7, 2)
+    config = {"iterations": 1, "tasks": 1, "experiment": "x", "sampler": "y", "seed": 0}
+    test = summarise(config, own, curve, Outcome(own.init(), {}, 1.0, Plan("loop"), 1), 0.5, False, 0, {})["test"]
+    values = curve.loss.numpy()
+    assert test["loss_median"] == pytest.approx(np.median(values, 0), abs=1e-6)
+    assert test["loss_q05"] == pytest.approx(np.quantile(values, 0.05, 0), abs=1e-6)
+    assert test["loss_q95"] == pytest.approx(np.quantile(values, 0.95, 0), abs=1e-6)
+    assert test["loss_ci95"] == pytest.approx(curve.ci95(curve.loss).numpy(), abs=1e-6)
 
 
 def test_a_cards_size_does_not_grow_with_tasks(evaluated: Callable[[int], Curve]) -> None:

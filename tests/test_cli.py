@@ -1,5 +1,6 @@
 """The `toolkit` command: lists, the check of samplers, templates; one sentence and exit code 2 for what the user can mend."""
 
+import os
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import toolkit
 from toolkit import UserError, cli, commands, plugins
 from toolkit.plugins import Plugin
 
@@ -213,6 +215,56 @@ def test_plot_says_in_a_sentence_that_a_run_is_not_there(
 ) -> None:
     assert run(monkeypatch, "plot", str(tmp_path / "absent")) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_one_bad_run_leaves_the_figures_of_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def drawn(path: Path) -> list[Path]:
+        if path.name == "bad":
+            raise UserError("bad is bad")
+        return [path / "adaptation.png"]
+
+    monkeypatch.setattr("toolkit.plots.save.draw_run", drawn)
+    assert run(monkeypatch, "plot", "a", "bad", "c") == 2
+    shown = capsys.readouterr()
+    assert shown.out.split() == ["a/adaptation.png", "c/adaptation.png"] and shown.err == "error: bad is bad\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("plot", "RUN", "--out", "/dev/null/figure"), ("plot", "RUN", "--out", "."),
+        ("report", "RUN", "--out", "/dev/null/x.html"), ("report", "RUN", "--out", "RUN/summary.json"), ("compare", "RUN/config.json", "RUN"), ("watch", "/dev/null"),
+        ("doctor", "--model", "conv4", "--outputs", "0"),
+    ],
+)  # fmt: skip
+def test_a_place_that_will_not_do_is_a_sentence(
+    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reference = ROOT / "results" / "reference" / "glyphs-seed0"
+    before = (reference / "summary.json").read_bytes()
+    assert run(monkeypatch, *(word.replace("RUN", str(reference)) for word in words)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    assert (reference / "summary.json").read_bytes() == before
+
+
+def test_the_version_and_defaults_of_nought_are_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"toolkit {toolkit.__version__}\n"
+    assert run(monkeypatch, "show-task", "--help") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "the worst are in summary.json (default: 0)" in shown and "False" not in shown
+
+
+def test_what_a_terminal_cannot_print_ends_no_command() -> None:
+    code = "import sys; from toolkit.cli import main; sys.argv = ['toolkit', *sys.argv[1:]]; main()"
+    words = [sys.executable, "-c", code, "watch", str(ROOT / "results" / "reference" / "glyphs-seed0"), "--once"]
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}, cwd=ROOT)
+    assert done.returncode == 0 and "tested: accuracy" in done.stdout and "?" in done.stdout, done.stderr
 
 
 def test_help_needs_nothing_heavy() -> None:

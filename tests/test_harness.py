@@ -242,6 +242,14 @@ def test_the_summary_says_the_plan(tmp_path: Path, changes: dict[str, Any]) -> N
     assert json.loads((tmp_path / "run" / "plan.json").read_text()) == record.summary["plan"]
 
 
+def test_a_logger_that_cannot_be_made_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    flags = config(tmp_path / "run", iterations=1, logger=("tensorboard",))
+    with pytest.raises(UserError, match="--logger tensorboard needs a package"):
+        run(flags, "sinusoid", regression(), TRAINING, VALIDATION, TEST)
+    assert not (tmp_path / "run").exists()
+
+
 def test_flags_and_model_decide_the_plan(tmp_path: Path) -> None:
     learner = algorithms.maml(convolutional())
 

@@ -231,6 +231,12 @@ def test_task_card_marks_every_query_before_and_after(tmp_path: Path) -> None:
     frames = [matplotlib.colors.to_hex(patch.get_edgecolor()) for patch in axes.patches]
     assert (frames.count(right.lower()), frames.count(wrong.lower())) == (3, 1)
     assert len(axes.images) == 10
+    told = {row[1]: row[3] for row in numbers(figure) if row[2] == 4}
+    data = make(tmp_path / "again", ACCURACY).example
+    for n, label in enumerate(data["query_y"].tolist()):
+        shares = data["predictions"][-1, n].softmax(-1)
+        assert told[f"query {n} of class {label}: predicted class"] == int(shares.argmax())
+        assert told[f"query {n} of class {label}: probability of class {label}"] == pytest.approx(float(shares[label]))
     # Ink is high in the data and dark on the page; a class stands in its column.
     for image in axes.images:
         ink = 0.25 * int(image.get_extent()[0])
@@ -297,7 +303,7 @@ def test_errors_are_one_sentence(tmp_path: Path) -> None:
 def test_save_writes_both_files_with_the_same_bytes_each_time(tmp_path: Path) -> None:
     run = make(tmp_path / "one", ACCURACY)
     first, second = (save(figures.task_card(run), tmp_path / name / "lr0.4") for name in "ab")
-    assert [path.name for path in first] == ["lr0.4.png", "lr0.4.pdf"]
+    assert [path.name for path in first] == ["lr0.4.png", "lr0.4.pdf", "lr0.4.csv"]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
     assert b"CreationDate" not in first[1].read_bytes() and b"matplotlib.org" not in first[0].read_bytes()
     assert imread(first[0]).shape[1] == pytest.approx(3.4 * 200, abs=1)
@@ -316,8 +322,7 @@ def test_draw_run_leaves_backend_and_style_alone(tmp_path: Path, test: dict[str,
     written = draw_run(run.path)
     assert dict(matplotlib.rcParams.copy()) == before
     stems = ("adaptation", "training", example)
-    suffixes = {stem: ("png", "pdf") if stem == "task" else ("png", "pdf", "csv") for stem in stems}  # a picture has no numbers
-    assert written == [run.path / f"{stem}.{suffix}" for stem in stems for suffix in suffixes[stem]]
+    assert written == [run.path / f"{stem}.{suffix}" for stem in stems for suffix in ("png", "pdf", "csv")]
     assert all(path.stat().st_size > (20 if path.suffix == ".csv" else 1000) for path in written)
 
 

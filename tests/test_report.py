@@ -255,7 +255,9 @@ def test_no_run_at_all_is_one_sentence(tmp_path: Path) -> None:
             write(runs, tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
     with pytest.raises(UserError, match="cannot be written"):
-        write([folder(tmp_path / "run")], tmp_path)
+        write([folder(tmp_path / "run")], tmp_path / "run" / "summary.json" / "x.html")
+    with pytest.raises(UserError, match=r"summary\.json is no name for a page; give one that ends in \.html"):
+        write([Run(tmp_path / "run")], tmp_path / "run" / "summary.json")
 
 
 def test_an_older_run_still_tells_its_worst_tenth(tmp_path: Path) -> None:

@@ -240,6 +240,9 @@ def doctor(arguments: argparse.Namespace) -> int:
         return 1 if wrong else 0
     from toolkit import diagnosis
 
+    for flag, value in (("outputs", arguments.outputs), ("numbers", arguments.numbers)):
+        if value is not None and value < 1:
+            raise UserError(f"--{flag} is {value}; give at least 1")
     inputs = _shape(arguments.inputs)
     given = {"inputs": inputs, "outputs": arguments.outputs, "ways": arguments.outputs, "seed": 0}
     given |= {"channels": inputs[0], "size": inputs[1]} if len(inputs) == 3 else {}

@@ -4,6 +4,7 @@ import copy
 import logging
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -174,7 +175,12 @@ def _train(job: Job) -> Outcome:
     size, seconds = saved.get("metrics_bytes", 0), saved.get("seconds", 0.0)
     journal = Journal(None if group.rank else job.folder / "metrics.jsonl", flags.iterations, size, seconds)
     if not group.rank:  # now, so that they find the journal as it was at the checkpoint
-        journal.loggers = loggers(flags.logger, job.folder, Run(job.folder).config, done)
+        try:
+            journal.loggers = loggers(flags.logger, job.folder, Run(job.folder).config, done)
+        except UserError:  # such as a package that is not there; the same command may be given again
+            if not (done or flags.resume):
+                shutil.rmtree(job.folder)
+            raise
     if done:
         log.info("going on after iteration %d", done)
 

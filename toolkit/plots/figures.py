@@ -274,6 +274,11 @@ def _verdicts(axes: Axes, run: Run, n: int, ends: list[int], x: float, top: floa
         mark, colour = RIGHT if predicted == int(run.example["query_y"][n]) else WRONG
         text = f"{int(run.example['steps'][end])}: {predicted} {mark}"
         axes.text(x, top + 0.22 * (line + 0.5), text, ha="center", va="center", color=colour)
+    # Not to be seen: the numbers of the table beside the picture, which all steps have.
+    label, shares = int(run.example["query_y"][n]), run.example["predictions"][:, n].softmax(-1)
+    told = {"predicted class": shares.argmax(-1), f"probability of class {label}": shares[:, label]}
+    for what, values in told.items():
+        axes.plot(run.example["steps"], values, visible=False, label=f"query {n} of class {label}: {what}")
     return colour
 
 

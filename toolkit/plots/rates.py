@@ -13,6 +13,7 @@ from toolkit.errors import UserError
 from toolkit.plots import frame
 from toolkit.runs.folder import Run
 
+DASHES = ("-", "--", "-.", ":")  # that a print in grey tells from one another
 GROUPS = 7  # at most, of tensors that have no step: a legend of every tensor would be higher than the plot
 
 
@@ -34,9 +35,9 @@ def learned_rates(run: Run) -> Figure:
     groups = _groups(keys)
     colours = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.85, len(groups)))
     legend: frame.Legend = []
-    for colour, (group, own) in zip(colours, groups.items(), strict=True):
+    for place, (colour, (group, own)) in enumerate(zip(colours, groups.items(), strict=True)):
         values = np.stack([frame.column([row.get(key) for row in found]) for key in own])
-        look: frame.Keywords = {"color": colour, "linestyle": "-", "marker": "" if len(at) > 1 else "o"}
+        look: frame.Keywords = {"color": colour, "linestyle": DASHES[place % len(DASHES)], "marker": "" if len(at) > 1 else "o"}
         if len(own) > 1:
             axes.plot(at, values.T, **look, linewidth=0.5, alpha=0.5, label="thin")
         (line,) = axes.plot(at, values.mean(0), **look, linewidth=1.8 if len(own) > 1 else 1.2, label=group)

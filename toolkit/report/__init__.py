@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
@@ -16,14 +17,15 @@ from toolkit.report.view import View, read
 from toolkit.runs.folder import Run, names
 
 HERE = Path(__file__).parent
+log = logging.getLogger("toolkit")
 FEW = 6  # runs that a sentence names
 
 
 def write(runs: Sequence[Run], out: Path) -> Path:
     """Writes the page on `runs` to `out`, whole or not at all, and returns `out`. The same folders give the same bytes.
 
-    A run given twice is shown once. What a folder lacks is said at the top of the page; UserError when none can be shown, or
-    `out` cannot be written.
+    A run given twice is shown once. What a folder lacks is said at the top of the page, and logged; UserError when none can be
+    shown, or `out` cannot be written.
     """
     distinct = list({run.path.resolve(): run for run in runs}.values())
     views: list[View] = []
@@ -35,6 +37,10 @@ def write(runs: Sequence[Run], out: Path) -> Path:
     if not views:
         reasons = "; ".join(f"{name}: {words}" for name, words in missing.items()) or "give the folder of a finished run"
         raise UserError(f"there is no run to report on: {reasons}")
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out {out} is no name for a page; give one that ends in .html")
+    for name, lacks in missing.items():
+        log.warning("%s: %s", name, lacks)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         replace(out, _page(views, missing).encode(errors="replace"))  # JSON can hold halves of characters

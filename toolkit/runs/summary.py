@@ -66,6 +66,10 @@ def summarise(
         "q05": _plain(curve.quantile(0.05)),
         "q95": _plain(curve.quantile(0.95)),
         "loss": _plain(curve.mean(curve.loss)),
+        "loss_ci95": _plain(curve.ci95(curve.loss)),
+        "loss_median": _plain(curve.median(curve.loss)),
+        "loss_q05": _plain(curve.quantile(0.05, curve.loss)),
+        "loss_q95": _plain(curve.quantile(0.95, curve.loss)),
         "finite": _plain(curve.finite()),
         "worst_tenth": _plain(curve.worst()),
     }
@@ -200,14 +204,16 @@ def table(summary: dict[str, Any]) -> str:
 
 def _card_line(summary: dict[str, Any]) -> str:
     """The rest of the evaluation card on a line, after the steps of training."""
-    k, card, percent = min(summary["inner_steps"], len(summary["test"]["steps"]) - 1), summary["card"], "ece" in summary["card"]
+    last = len(summary["test"]["steps"]) - 1
+    k, card, percent = min(summary["inner_steps"], last), summary["card"], "ece" in summary["card"]
     said = [f"after {k} step{'s' * (k != 1)}:"]
     if percent:
         said += [f"NLL {card['nll'][k]:.3f}, Brier {card['brier'][k]:.3f}, calibration error {100 * card['ece'][k]:.1f}%,"]
     worst = _number(summary["test"]["worst_tenth"][k], summary["test"]["metric"] == "accuracy")
     policy = f"batch norm {summary['batch_norm']}{' (transductive)' if summary['transductive'] else ''}"
     policy = summary["batch_norm"] if summary["batch_norm"].startswith("no ") else policy
-    said += [f"worst tenth of tasks {worst}, {1000 * card['seconds_per_task']:.3g} ms a task,", policy]
+    time = f"{1000 * card['seconds_per_task']:.3g} ms a task for {last} step{'s' * (last != 1)}"
+    said += [f"worst tenth of tasks {worst}, {time},", policy]
     return " ".join(said)
 
 
