@@ -234,9 +234,9 @@ def test_one_bad_run_leaves_the_figures_of_the_others(
 @pytest.mark.parametrize(
     "words",
     [
-        ("plot", "RUN", "--out", "/dev/null/figure"), ("plot", "RUN", "--out", "."),
-        ("report", "RUN", "--out", "/dev/null/x.html"), ("report", "RUN", "--out", "RUN/summary.json"), ("compare", "RUN/config.json", "RUN"), ("watch", "/dev/null"),
-        ("doctor", "--model", "conv4", "--outputs", "0"),
+        ("plot", "RUN", "--out", "/dev/null/figure"), ("plot", "RUN", "--out", "."), ("watch", "/dev/null"),
+        ("report", "RUN", "--out", "/dev/null/x.html"), ("report", "RUN", "--out", "RUN/summary.json"),
+        ("compare", "RUN/config.json", "RUN"), ("doctor", "--model", "conv4", "--outputs", "0"),
     ],
 )  # fmt: skip
 def test_a_place_that_will_not_do_is_a_sentence(

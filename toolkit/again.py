@@ -198,7 +198,7 @@ def shown(run: Run, index: int, words: Sequence[str], path: bool = False, gif: b
 
     opened, title = Run(run.path), f"{learner.name} on {flags.sampler}, test task {index}"
     # In place of those of the folder, which are of task 0.
-    opened.__dict__.update(example=tensors, result=run.result | {"sampler": f"{run.result['sampler']}, test task {index}"})
+    opened.__dict__.update(example=tensors, result=run.result | {"sampler": f"{run.result['sampler']}, task {index}"})
     made = {f"task-{index}": figures.example(opened)}
     if path:
         task = move(take(draw(tasks.test, 1, flags.eval_seed, index, "test"), 0), flags.device)
