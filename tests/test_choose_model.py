@@ -258,9 +258,9 @@ def test_a_diverged_model_is_last_and_has_no_front(monkeypatch: pytest.MonkeyPat
         curve = Curve(torch.zeros(3, 2).double(), torch.tensor([values] * 2).double().T.contiguous(), "accuracy", "same")
         cost = {"model_parameters": 1, "adapted_parameters": 1, "peak_mb": 1, "task_bytes": 1, "model_bytes": 1, "seconds": 1}
         work = {"meta_gradient_operations": None, "evaluation_operations": None}
-        summary = {"inner_steps": 1, "cost": cost | work, "card": {"seconds_per_task": 1.0}}
+        summary = {"algorithm": "maml", "inner_steps": 1, "cost": cost | work, "card": {"seconds_per_task": 1.0}}
         run = Run(Path("nowhere"))
-        run.__dict__.update(curve=curve, summary=summary, config={"seed": 0, "iterations": 1})
+        run.__dict__.update(curve=curve, summary=summary, result=summary, config={"seed": 0, "iterations": 1})
         return run
 
     found = rows({"lost": [of([math.nan] * 3)], "fine": [of([0.1, 0.2, 0.3])]})

@@ -242,6 +242,41 @@ def test_the_summary_says_the_plan(tmp_path: Path, changes: dict[str, Any]) -> N
     assert json.loads((tmp_path / "run" / "plan.json").read_text()) == record.summary["plan"]
 
 
+class Tuple(nn.Module):
+    """Its outputs are no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(1, 1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.head(x), x
+
+
+class Counting(nn.Module):
+    """Looks at the value of a number, which vmap cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x * x.sum().item() ** 0)  # type: ignore[no-any-return]
+
+
+def test_a_model_that_fails_on_its_tasks_is_a_sentence_and_leaves_no_folder(tmp_path: Path) -> None:
+    learner = replace(regression(), model=Tuple())
+    with pytest.raises(UserError, match=r"maml cannot take a step on these tasks with this model \(\w+: .*toolkit doctor"):
+        run(config(tmp_path / "run"), "sinusoid", learner, TRAINING, VALIDATION, TEST)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_cannot_be_mapped_is_trained_and_tested_one_by_one(tmp_path: Path) -> None:
+    flags = config(tmp_path / "run", iterations=2)
+    record = run(flags, "sinusoid", replace(regression(), model=Counting()), TRAINING, VALIDATION, TEST)
+    assert record.summary["plan"]["map"] == "loop" and len(record.curve.metric) == flags.eval_tasks
+
+
 def test_a_logger_that_cannot_be_made_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     flags = config(tmp_path / "run", iterations=1, logger=("tensorboard",))
@@ -263,6 +298,7 @@ def test_flags_and_model_decide_the_plan(tmp_path: Path) -> None:
     assert plan(memory="recompute", compile=True) == Plan("vmap", chunk=32, memory="recompute", compile=True)
     assert plan(autocast="bfloat16").autocast == "bfloat16"
     assert parts.judging(config(tmp_path), Plan("threads", 8, trace=True)) is None, "evaluate knows its own tasks"
+    assert parts.judging(config(tmp_path), Plan("loop")) == Plan("loop"), "whose model cannot be mapped otherwise"
     asked = Plan("vmap", 4, "recompute", compile=True, autocast="bfloat16")
     assert parts.judging(config(tmp_path, map="vmap"), asked) == Plan("vmap", 4, trace=True)
     dropping = algorithms.maml(nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 2)).double())

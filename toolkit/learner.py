@@ -254,11 +254,21 @@ class Learner:
         return Carry(fast, self.rule.init(fast))
 
     def rehearse(self, task: Task) -> None:
-        """Walks one step and scores it, for the errors that only data can show. Nothing is kept."""
-        with torch.no_grad(), torch.random.fork_rng():
-            meta = self.init()
-            *_, fast = self.path(meta, task.support, min(self.steps, 1))
-            self.assess(meta, fast, task)
+        """Walks one step and scores it, for the errors that only data can show. Nothing is kept. Raises UserError for a model
+        that fails on such a task."""
+        try:
+            with torch.no_grad(), torch.random.fork_rng():
+                meta = self.init()
+                *_, fast = self.path(meta, task.support, min(self.steps, 1))
+                self.assess(meta, fast, task)
+        except UserError:
+            raise
+        except Exception as error:  # whatever the model of a user raises
+            said = (str(error).strip() or repr(error)).splitlines()[0]
+            raise UserError(
+                f"{self.name} cannot take a step on these tasks with this model ({type(error).__name__}: {said}); `toolkit "
+                "doctor --model NAME` looks for the cause, and --debug shows where it is"
+            ) from error
 
     def step(self, meta: Meta, carry: Carry, support: Batch, k: int) -> Carry:
         """The next point of the path: step `k` = 0, 1, ... of the rule on the inner loss."""

@@ -287,5 +287,6 @@ def judging(flags: Flags, plan: Plan) -> Plan | None:
     """The plan for evaluation: what was asked for, without what only a gradient needs, in full precision; else `evaluate`
     chooses, whose tasks have more queries than those of training."""
     if flags.map == "auto" and flags.chunk is None:
-        return None
+        # Unrecorded one by one is what is left for a model whose tasks cannot be mapped otherwise.
+        return plan if plan == Plan("loop") and flags.backend == "toolkit" else None
     return replace(plan, memory="unroll", compile=False, autocast=None, trace=plan.records)
