@@ -270,6 +270,16 @@ def test_predictions_are_what_the_curve_scores() -> None:
             assert abs(nn.functional.cross_entropy(shown[row], task.query.y) - curve.loss[i, k]) < 1e-12
 
 
+def test_predictions_of_a_model_in_half_precision_can_be_drawn() -> None:
+    learner = algorithms.maml(dense().bfloat16(), inner_lr=0.1, inner_steps=1)
+    task = take(draw(random_tasks, 1, seed=0, split="test"), 0)
+    task = task._replace(
+        support=task.support._replace(x=task.support.x.bfloat16()), query=task.query._replace(x=task.query.x.bfloat16())
+    )
+    shown = predictions(learner, learner.init(), task, (0, 1))
+    assert shown.dtype == torch.float32 and shown.isfinite().all()
+
+
 def widest_change(policy: str, change: Callable[[Tensor], Tensor], kept: list[int]) -> float:
     """How far predictions for some queries move when the query set is changed around them. `kept` are their new places."""
     learner = algorithms.maml(convolutional(), inner_lr=0.3, batch_norm=policy)

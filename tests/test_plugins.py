@@ -250,6 +250,12 @@ def no_module(inputs, outputs):
     return "a model"
 
 
+def lazy(inputs, outputs):
+    import torch
+
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(outputs))
+
+
 def no_learner(model, **shared):
     return model
 
@@ -364,6 +370,7 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
         "the dataset mine.py:no_bank made a list; a dataset is a function that returns a ClassBank",
     ),
     "model": (quickstart, "--model mine.py:no_module", "the model mine.py:no_module made a str; a model is an nn.Module"),
+    "lazy model": (quickstart, "--model mine.py:lazy", "the model mine.py:lazy has no shape for 1.weight yet; call it once on"),
     "algorithm": (quickstart, "--algorithm mine.py:no_learner", "mine.py:no_learner made a Sequential; an algorithm is a"),
     "algorithm's setting": (
         quickstart,

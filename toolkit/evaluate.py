@@ -216,4 +216,5 @@ def predictions(learner: Learner, meta: Meta, task: Task, steps: tuple[int, ...]
         for k, fast in enumerate(learner.path(meta, task.support, max(steps))):
             if k in steps:
                 shown[k] = learner.predict(meta, fast, task.query.x, task.support.x, k)
-    return torch.stack([shown[k] for k in steps]).cpu()
+    found = torch.stack([shown[k] for k in steps]).cpu()
+    return found.float() if found.itemsize < 4 else found  # numpy and figures know no bfloat16

@@ -221,6 +221,8 @@ def network(name: str, given: dict[str, Any], pairs: Sequence[str] = ()) -> nn.M
         made = plugins.call(target, given, plugins.settings(pairs, "--model", target), f"the model {name}")
     if not isinstance(made, nn.Module):
         raise UserError(f"the model {name} made a {type(made).__name__}; a model is an nn.Module, or makes one")
+    if lazy := [n for n, p in made.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]:
+        raise UserError(f"the model {name} has no shape for {lazy[0]} yet; call it once on an example before it is returned")
     return made if "pretrained" in plugins.takes(target) else _with_weights(made, pretrained, name)
 
 
