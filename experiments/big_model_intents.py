@@ -13,7 +13,7 @@ CLINC150 (Larson et al., EMNLP-IJCNLP 2019), whose training, validation and test
 A preset is a method. Three take the model as it came and learn nothing before a test task: `frozen` chooses the class with the
 nearest mean embedding, `linear_probe` descends on a new head, `fine_tune` on all weights. The others meta-learn on the training
 domains: `protonet` all weights; those called "-lora" low-rank adapters, while the model's own weights stay as they are. With
-five ways and one shot the winners are ProtoNet, with adapters or without, and ProtoMAML: results/README.md.
+five ways and one shot ProtoMAML and ProtoNet over adapters win: results/README.md.
 """
 
 from dataclasses import dataclass

@@ -158,6 +158,13 @@ def test_the_path_and_the_animation_of_a_task(
     assert caplog.messages[-1].startswith("no path-0: ") and "protonet" in caplog.messages[-1]
 
 
+def test_a_task_of_fewer_ways_is_drawn(finished: Callable[..., Run], tmp_path: Path) -> None:
+    names = {path.name for path in shown(finished(tmp_path), 0, ["--ways", "3", "--out", str(tmp_path / "figures")])}
+    assert "task-0.png" in names
+    assert "class 2" in (tmp_path / "figures" / "task-0.csv").read_text()
+    assert "class 3" not in (tmp_path / "figures" / "task-0.csv").read_text()
+
+
 def refused(work: Callable[[], object]) -> str:
     with pytest.raises(UserError) as caught:
         work()

@@ -163,14 +163,13 @@ def test_only_a_lack_of_memory_is_one() -> None:
 
 
 def test_plans_become_smaller_in_steps() -> None:
-    plan: Plan | None = Plan("threads", 4)
+    plan: Plan | None = Plan("threads", 4, trace=True)
     seen = []
     while plan is not None:
         seen.append(plan)
         plan = plan.smaller(8)
-    assert seen[1:] == [
-        Plan("threads", 2), Plan("threads", 1), Plan("threads", 1, workers=1), Plan("threads", 1, "recompute", workers=1)
-    ]  # fmt: skip
+    recorded = [Plan("threads", 2, trace=True), Plan("threads", 1, trace=True), Plan("threads", 1, trace=True, workers=1)]
+    assert seen[1:] == [*recorded, Plan("threads", 1, "recompute", workers=1)]
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -11,6 +11,7 @@ import torch
 
 import toolkit
 from toolkit import UserError, cli, commands, plugins
+from toolkit.flags import Flags, launch
 from toolkit.plugins import Plugin
 
 ROOT = Path(__file__).parent.parent
@@ -236,7 +237,7 @@ def test_one_bad_run_leaves_the_figures_of_the_others(
     [
         ("plot", "RUN", "--out", "/dev/null/figure"), ("plot", "RUN", "--out", "."), ("watch", "/dev/null"),
         ("report", "RUN", "--out", "/dev/null/x.html"), ("report", "RUN", "--out", "RUN/summary.json"),
-        ("compare", "RUN/config.json", "RUN"), ("doctor", "--model", "conv4", "--outputs", "0"),
+        ("compare", "RUN/config.json", "RUN"),
     ],
 )  # fmt: skip
 def test_a_place_that_will_not_do_is_a_sentence(
@@ -248,6 +249,25 @@ def test_a_place_that_will_not_do_is_a_sentence(
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1
     assert (reference / "summary.json").read_bytes() == before
+
+
+def test_the_doctor_wants_classes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for flag in ("--outputs", "--numbers"):
+        assert run(monkeypatch, "doctor", "--model", "conv4", flag, "0") == 2
+        assert capsys.readouterr().err == f"error: {flag} is 0; give at least 1\n"
+
+
+def test_what_the_system_refuses_an_experiment_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(flags: Flags) -> None:
+        raise OSError(28, "No space left on device", "somewhere/curve.json")
+
+    monkeypatch.setattr(sys, "argv", ["experiment"])
+    with pytest.raises(SystemExit) as done:
+        launch(Flags, full, {}, "")
+    said = "error: somewhere/curve.json: no space left on device; give another place, or mend that and start again\n"
+    assert done.value.code == 2 and capsys.readouterr().err == said
 
 
 def test_the_version_and_defaults_of_nought_are_told(

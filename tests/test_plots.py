@@ -334,6 +334,27 @@ def test_the_users_style_does_not_reach_the_figures(tmp_path: Path) -> None:
     assert [path.read_bytes() for path in plain] == [path.read_bytes() for path in styled]
 
 
+@pytest.mark.parametrize(
+    ("file", "left"),
+    [
+        ("metrics.jsonl", {"adaptation", "task"}),
+        ("example.safetensors", {"adaptation", "training"}),
+    ],
+)
+def test_draw_run_draws_what_a_damaged_file_leaves_and_says_so(tmp_path: Path, file: str, left: set[str]) -> None:
+    run = make(tmp_path / "run", ACCURACY)
+    (run.path / file).write_bytes(b"damaged")
+    with pytest.raises(UserError, match=rf"{file} is damaged .* \(drawn without it: "):
+        draw_run(run.path)
+    assert {path.stem for path in run.path.glob("*.png")} == left
+
+
+def test_draw_run_wants_no_training_of_an_evaluation(tmp_path: Path) -> None:
+    run = make(tmp_path / "run", ACCURACY, weights_of="other")
+    (run.path / "metrics.jsonl").unlink()
+    assert {path.stem for path in draw_run(run.path)} == {"adaptation", "task"}
+
+
 def test_draw_run_leaves_out_an_example_without_picture(tmp_path: Path) -> None:
     flat = classification() | {"support_x": torch.rand(6, 8), "query_x": torch.rand(4, 8)}
     run = make(tmp_path / "flat", ACCURACY, flat)
@@ -583,6 +604,11 @@ def test_a_single_row_of_rates_is_a_point_and_none_is_refused(tmp_path: Path) ->
     assert {drawn.get_marker() for drawn in learned_rates(run).axes[0].get_lines()} == {"o"}
     with pytest.raises(UserError, match=r"none has no learned inner rates; they are learned by methods such as meta_sgd"):
         learned_rates(make(tmp_path / "none", SQUARED))
+
+
+def test_rates_differ_in_more_than_colour(tmp_path: Path) -> None:
+    lines = learned_rates(learning(tmp_path / "run", algorithms.meta_sgd(mlp()))[0]).axes[0].get_lines()
+    assert len({drawn.get_linestyle() for drawn in lines if drawn.get_label() != "thin"}) == 4
 
 
 def test_draw_run_draws_the_rates_of_a_run_that_has_them(tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ def test_nothing_of_a_run_folder_becomes_code(tmp_path: Path) -> None:
     assert data["runs"][0]["name"] == "<i>one"
 
 
-def test_a_broken_folder_costs_only_itself(tmp_path: Path) -> None:
+def test_a_broken_folder_costs_only_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     good, cut, old, bare, odd = (folder(tmp_path / name) for name in ("good", "cut", "old", "bare", "odd"))
     with open(cut.path / "metrics.jsonl", "a") as file:
         file.write('{"iteration": 3')
@@ -243,6 +243,7 @@ def test_a_broken_folder_costs_only_itself(tmp_path: Path) -> None:
         "bare": "shown without its configuration (no config.json), the course of training (no metrics.jsonl), the single test "
         "tasks (no curve.json).",
     }
+    assert "absent: not shown (there is no such folder)" in caplog.messages
     for name, words in lacks.items():
         assert f"{name}</strong>: {words}" in top, name
     assert "good" not in top and "70.00 <" in row_of(page, 0) and "50.00" not in row_of(page, 4)

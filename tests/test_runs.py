@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from experiments import omniglot
 from tests.conftest import dense, flat
@@ -141,6 +142,13 @@ def test_missing_and_damaged_files_are_a_sentence(tmp_path: Path) -> None:
             _ = Run(tmp_path).summary
     with pytest.raises(UserError, match=r"has no curve\.json, though the run is finished"):
         _ = Run(tmp_path).curve
+
+
+def test_an_example_without_a_part_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text("{}")
+    save_file({"support_x": torch.zeros(1)}, tmp_path / "example.safetensors")
+    with pytest.raises(UserError, match=r"example\.safetensors is damaged \(it has no predictions\)"):
+        _ = Run(tmp_path).example
 
 
 TEST = {"tasks": 2, "steps": [0, 1], "metric": "accuracy", "mean": [0.2, 0.5], "ci95": [0.1, None]}

@@ -71,6 +71,37 @@ def test_bold_is_the_smallest_error(tmp_path: Path) -> None:
     assert f"(median {float((values + 0.1)[:, 1].nanmedian()):.3f})" in cells(rows)[1]["as trained"]
 
 
+def test_a_result_that_lost_tasks_is_not_bold_and_says_so(place: Path) -> None:
+    values = Run(place / "reference" / "a-seed0").curve.metric + 0.3
+    values[:6, 1] = torch.nan
+    run(place / "reference" / "lossy", "anil", values)
+    (lossy, sound) = cells(read(file(place, {"folder": "lossy"}, {"folder": "a-seed0"})))
+    assert lossy["as trained"].endswith(", 15.0% of tasks lost") and "**" not in lossy["as trained"] + sound["as trained"]
+    assert "lost" not in lossy["before"] + sound["as trained"]
+    values[:6, 1] = 0.9
+    run(place / "reference" / "whole", "anil", values)
+    assert cells(read(file(place, {"folder": "whole"}, {"folder": "a-seed0"})))[0]["as trained"].startswith("**")
+
+
+def test_a_test_of_fewer_steps_than_training_says_so_and_nothing_is_bold(place: Path) -> None:
+    values = Run(place / "reference" / "b").curve.metric[:, 1:]
+    run(place / "reference" / "short", "protonet", values + 0.3, steps=2)
+    (short, whole) = cells(read(file(place, {"folder": "short"}, {"folder": "a-seed0"})))
+    assert short["as trained"].endswith(" (after 0 of 2 steps)") and "**" not in short["as trained"] + whole["as trained"]
+
+
+def test_one_task_has_no_interval(tmp_path: Path) -> None:
+    rows = of_runs([run(tmp_path / "one", "maml", torch.tensor([[0.2, 0.5]]))])
+    assert cells(rows)[0]["as trained"] == "50.00 ± ?"
+
+
+def test_signs_of_markdown_and_latex_are_escaped(place: Path) -> None:
+    rows = read(file(place, {"folder": "b", "tasks": r"a^b\c | <d> ~ {e}"}))
+    assert markdown(rows, ["tasks"]).splitlines()[-1] == r"| a^b\c \| <d> ~ {e} |"
+    expected = r"a\textasciicircum{}b\textbackslash{}c \textbar{} \textless{}d\textgreater{} \textasciitilde{} \{e\} \\"
+    assert expected in latex(rows, ["tasks"])
+
+
 def test_rows_whose_runs_are_not_there_are_left_out(place: Path) -> None:
     rows = read(file(place, {"folder": "b"}, {"folder": "not made yet"}, {"folder": "nor this", "seeds": 3}))
     assert [row.entry.method for row in rows] == ["anil"]

@@ -40,7 +40,6 @@ NAMED = (  # what neither the name of a run nor the size of its test tells, and 
     "dataset", "sampler_args", "dataset_args", "eval_queries", "permutations", "support_copies", "inner_lr", "rule",
     "batch_norm",
 )  # fmt: skip
-TIMED = ("seconds_per_task", "seconds", "mb_per_task")  # no two runs have the same
 log = logging.getLogger("toolkit")
 
 
@@ -165,7 +164,7 @@ def differences(first: Run, second: Run) -> list[str]:
     here, there = first.summary, second.summary
     for part in ("test", "card", "selected"):
         a, b = (summary.get(part) or {} for summary in (here, there))
-        keys = sorted(key for key in a.keys() & b.keys() if key not in TIMED and a[key] != b[key])
+        keys = sorted(key for key in a.keys() & b.keys() if key != "seconds_per_task" and a[key] != b[key])
         found += [f"{part} {key} in summary.json differs" for key in keys]
     if found:
         for key, v in here.get("versions", {}).items():
@@ -196,9 +195,10 @@ def shown(run: Run, index: int, words: Sequence[str], path: bool = False, gif: b
     from toolkit.plots.landscape import landscape as drawn
     from toolkit.plots.save import save
 
-    opened, title = Run(run.path), f"{learner.name} on {flags.sampler}, test task {index}"
+    opened, source = Run(run.path), f"{flags.sampler}, task {index}"
+    title = f"{learner.name} on {source}"
     # In place of those of the folder, which are of task 0.
-    opened.__dict__.update(example=tensors, result=run.result | {"sampler": f"{run.result['sampler']}, task {index}"})
+    opened.__dict__.update(example=tensors, result=run.result | {"sampler": source})
     made = {f"task-{index}": figures.example(opened)}
     if path:
         task = move(take(draw(tasks.test, 1, flags.eval_seed, index, "test"), 0), flags.device)

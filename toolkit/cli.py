@@ -19,9 +19,8 @@ class Help(argparse.HelpFormatter):
     """Help with defaults, where there are any to know."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        # By identity: 0 is a default that is worth to be known, and equals False.
-        known = action.default is not None and action.default is not False and action.default not in (argparse.SUPPRESS, [])
-        known = known and bool(action.option_strings)
+        # False by identity: 0 equals it, and is a default worth knowing.
+        known = action.default is not False and action.default not in (None, argparse.SUPPRESS, []) and action.option_strings
         return f"{action.help} (default: %(default)s)" if known else action.help
 
 

@@ -61,13 +61,14 @@ class Run:
         if not test:
             raise UserError(f"{self.path} has no test result in summary.json; let the run finish, or evaluate it first")
         try:
-            assert isinstance(summary["algorithm"], str) and isinstance(summary["sampler"], str), "no algorithm or sampler"
+            words = summary["algorithm"], summary["sampler"], test["metric"]
             steps = [int(step) for step in test["steps"]]
-            assert steps and isinstance(test["metric"], str) and int(test["tasks"]) > 0, "no tasks, steps or metric"
+            if not (all(isinstance(word, str) for word in words) and steps and int(test["tasks"]) > 0):
+                raise ValueError("no algorithm, sampler, metric, steps or tasks")
             for key in ("mean", "ci95"):
-                known = [value is None or math.isfinite(value) for value in test[key]]
-                assert len(known) == len(steps) and all(known), f"test {key} is not a number for each of its steps"
-        except (AssertionError, KeyError, TypeError, ValueError) as error:
+                if [value is None or math.isfinite(value) for value in test[key]] != [True] * len(steps):
+                    raise ValueError(f"test {key} is not a number for each of its steps")
+        except (KeyError, TypeError, ValueError) as error:
             raise self._damaged("summary.json", error) from None
         return summary
 
@@ -92,14 +93,13 @@ class Run:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-                values = row.values()
-                assert isinstance(row["iteration"], int | float)
-                assert all(value is None or isinstance(value, int | float) for value in values)
+            except json.JSONDecodeError:
+                row = None
+            if _is_row(row):
                 rows.append(row)
-            except (json.JSONDecodeError, AttributeError, KeyError, TypeError, AssertionError):
-                if not (torn and number == len(lines)):
-                    why = f"line {number} is no row of a run, which has an iteration and numbers by name"
-                    raise self._damaged("metrics.jsonl", why) from None
+            elif not (torn and number == len(lines)):
+                why = f"line {number} is no row of a run, which has an iteration and numbers by name"
+                raise self._damaged("metrics.jsonl", why)
         return rows
 
     @cached_property
@@ -151,6 +151,12 @@ class Run:
         if "summary.json" in there:
             return UserError(f"{self.path} has no {name}, though the run is finished; what needs that file cannot be had of it")
         return UserError(f"{self.path} has no {name}; the run has not come so far, continue it with --resume")
+
+
+def _is_row(row: Any) -> bool:
+    if not isinstance(row, dict) or not isinstance(row.get("iteration"), int | float):
+        return False
+    return all(value is None or isinstance(value, int | float) for value in row.values())
 
 
 def names(paths: Sequence[Path]) -> list[str]:
