@@ -1,12 +1,14 @@
 """Which model for these tasks? What each reaches after adaptation, and what that costs, in one figure and one table.
 
     python experiments/choose_model.py --models mlp conv4-32 conv4 resnet12 --seconds-per-model 60
-    python experiments/choose_model.py --models tv:resnet18 tv:vit_b_16 hf:minilm ... --iterations 1000 --sampler ...
+    python experiments/choose_model.py --models tv:resnet18 "tv:vit_b_16 lora=8 resize=224" --iterations 1000 --sampler ...
 
 Every model is trained by the same method on the same tasks for the same budget: `--iterations`, or as many as go into
 `--seconds-per-model` on this machine, by a measurement of the first ones. Each is an ordinary run in a process of its own, so
 that its peak memory is its own, and keeps the number of iterations that it began with; the same command again goes on where it
-stopped, and finished runs are kept. `--models` are names as `--model` takes them; all other flags are those of any experiment.
+stopped, and finished runs are kept. `--models` are names as `--model` takes them, each with what that one has of its own: flags
+(pretrained, lora, lora_layers, prompts, adapts, freeze, rule, inner_lr) and its settings. All other flags are those of any
+experiment.
 
 Accuracy is after the steps of training, on the same test tasks for all, with its 95 % interval over tasks (over seeds and tasks
 with `--seeds`), and the paired difference to the best. Costs are the model's parameters, the seconds of adapting to a test task
@@ -23,8 +25,9 @@ import json
 import logging
 import math
 import multiprocessing
+import shlex
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields, replace
@@ -36,12 +39,12 @@ from tqdm import tqdm
 
 from toolkit import parts, plugins
 from toolkit.errors import UserError
-from toolkit.experiment import run
+from toolkit.experiment import configuration, run
 from toolkit.files import replace as replace_file
 from toolkit.flags import EpisodeFlags, launch
 from toolkit.learner import Learner
 from toolkit.runs.comparison import Entry, difference, entries
-from toolkit.runs.folder import Run, write_json
+from toolkit.runs.folder import Run, check_same, write_json
 from toolkit.train import train
 
 # By key of a row: text of the axis, and its unit.
@@ -51,6 +54,11 @@ COSTS = {
     "peak_bytes": ("peak memory of training", "B"),
     "task_bytes": ("storage for an adapted task", "B"),
 }
+# Flags that a model may have of its own, and the kind of their value.
+OWN: dict[str, Callable[[str], Any]] = {
+    "pretrained": str, "lora": int, "lora_layers": str, "prompts": int, "adapts": str, "freeze": str, "rule": str,
+    "inner_lr": float,
+}  # fmt: skip
 TRIAL, PATIENCE = 50, 3.0  # at most so many iterations, or seconds of them, are timed
 COLUMNS = (
     "model", "accuracy", "minus the best", "Pareto front", "parameters", "adapt", "s a task", "peak MB", "kB a task",
@@ -77,7 +85,8 @@ class Config(One):
     """Several models on the same tasks with the same budget: accuracy against cost."""
 
     models: tuple[str, ...] = ()
-    """Models to choose from, named as --model takes them; by default --model alone."""
+    """Models to choose from, named as --model takes them, each perhaps with flags and settings of its own, as in
+    "tv:vit_b_16 lora=8 resize=224"; by default --model alone."""
     seconds_per_model: float | None = None
     """Budget of training for each model, in place of --iterations."""
     seeds: int = 1
@@ -88,19 +97,20 @@ def main(config: Config) -> None:
     models = config.models or (config.model,)
     if doubled := sorted({model for model in models if models.count(model) > 1}):
         raise UserError(f"--models has {', '.join(doubled)} twice; give each once")
-    for model in models:
-        plugins.resolve(model, "models")  # a misspelt one is said before the others are trained
     if config.seeds < 1 or not 0 < (config.seconds_per_model or 1) < math.inf:
         raise UserError(
             f"{config.seeds} seeds, {config.seconds_per_model} seconds a model; give 1 seed or more, and positive seconds"
         )
     out = config.out or Path("results") / "choose-model" / config.run_name
     given = {field.name: getattr(config, field.name) for field in fields(One)}
+    each = {model: own(One(**given), model) for model in models}  # a misspelt one is said before the others are trained
     asked = {
-        (model, seed): One(**given | {"model": model, "seed": config.seed + seed, "out": out / f"{folder(model)}-seed{seed}"})
-        for model in models
+        (model, seed): replace(flags, seed=config.seed + seed, out=out / f"{folder(model)}-seed{seed}")
+        for model, flags in each.items()
         for seed in range(config.seeds)
     }
+    if len({flags.out for flags in asked.values()}) < len(asked):
+        raise UserError("two of --models are told apart by their folders alone, and would share one; give files of other names")
     if not config.overwrite:
         asked = {key: replace(flags, resume=True) for key, flags in asked.items()}
     failed = _all(config, asked)
@@ -116,9 +126,27 @@ def main(config: Config) -> None:
         raise UserError(f"{len(failed)} of {len(asked)} runs failed, {model}: {message}")
 
 
+def own(flags: One, model: str) -> One:
+    """The flags of one of --models: its name, and key=value for what it has of its own."""
+    name, *pairs = shlex.split(model) or [""]
+    target = plugins.resolve(name, "models")
+    plugins.settings(pairs, "--models", target if callable(target) else None)
+    changes: dict[str, Any] = {}
+    for key, _, text in (pair.partition("=") for pair in pairs):
+        if key in OWN:
+            try:
+                changes[key] = OWN[key](text)
+            except ValueError:
+                raise UserError(f"--models {model!r}: {key} is a number, not {text!r}; give one") from None
+    rest = tuple(pair for pair in pairs if pair.partition("=")[0] not in OWN)
+    return replace(flags, model=name, model_args=(*flags.model_args, *rest), **changes)
+
+
 def folder(model: str) -> str:
     """What the folder of a model's runs is called."""
-    return "".join(c if c.isalnum() or c in "._" else "-" for c in Path(model).name.replace(".py:", ":"))
+    name, *pairs = model.split()
+    words = [Path(name).name.replace(".py:", ":"), *("=".join(Path(part).name for part in pair.split("=")) for pair in pairs)]
+    return "".join(c if c.isalnum() or c in "._=" else "-" for c in "-".join(words))
 
 
 def _all(config: Config, asked: dict[tuple[str, int], One]) -> dict[tuple[str, int], str]:
@@ -143,17 +171,15 @@ def _all(config: Config, asked: dict[tuple[str, int], One]) -> dict[tuple[str, i
 
 
 def _finished(flags: One, config: Config) -> bool:
-    """Whether there is a finished run for these flags. Raises UserError for one of another budget."""
+    """Whether there is a finished run for these flags. Raises UserError for one of other flags."""
     if flags.out is None or not (flags.out / "summary.json").exists():
         return False
     had = Run(flags.out).config
-    kept = ("iterations", "validate_every") if config.seconds_per_model else ()
-    for key in ("algorithm", "sampler", "iterations", "tasks", "ways", "shots", "inner_steps", "eval_tasks", "eval_seed"):
-        if had[key] != getattr(flags, key) and key not in kept:
-            raise UserError(
-                f"{flags.out} has --{key.replace('_', '-')} {had[key]}, not {getattr(flags, key)}; use the same flags, give "
-                "--overwrite, or choose another --out"
-            )
+    settled = ["iterations", "validate_every"] if config.seconds_per_model else []
+    # Left to the experiment, these were settled by the tasks and the method.
+    settled += ["batch_norm"] * (flags.batch_norm is None) + ["model"] * (flags.model == One().model)
+    asked = configuration(parts.named(flags)[0], "choose_model")
+    check_same(had, asked | {key: had[key] for key in settled}, flags.out)
     return True
 
 

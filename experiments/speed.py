@@ -371,7 +371,7 @@ def evaluation(config: Config) -> list[Row]:
 
         def by(plan: Plan, own: Any = own, meta: Any = meta, tasks: Task = tasks) -> Callable[[], int]:
             scored = judge(own, plan, 10, 1)
-            return lambda: len(torch.cat([piece["loss"] for piece in scored(meta, tasks)]))
+            return lambda: len(torch.cat([piece["loss"] for piece in scored(meta, tasks)[0]]))
 
         first = Plan("threads", 1) if classes and config.device == "cpu" else Plan("vmap")
         subjects = {f"toolkit: {plan}": by(plan) for plan in (first, replace(first, trace=True))} | {"learn2learn": theirs}

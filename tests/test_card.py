@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from toolkit.curve import Spread
 from toolkit.flags import EpisodeFlags, checked
 from toolkit.metrics import BINS, MEASURES, accuracy, brier, by_class, cross_entropy, ece, of_ways, reliability, squared_error
 from toolkit.models import mlp
+from toolkit.recorded import Recorder
 from toolkit.runs.summary import Outcome, card, command, summarise
 from toolkit.samplers import Sinusoid
 from toolkit.task import Task, take
@@ -160,6 +162,23 @@ def test_the_time_of_a_task_leaves_out_what_the_first_ones_pay_for(monkeypatch: 
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     own = learner()
     assert evaluate(own, own.init(), stream, 70, 0).seconds_per_task == pytest.approx(0.1)
+
+
+def test_the_time_of_a_task_leaves_the_making_of_a_recording_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where all tasks are drawn at once."""
+    seconds = [0.0]
+    module = importlib.import_module("toolkit.evaluate")
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: seconds[0]))
+    prepare = Recorder.prepare
+
+    def slow(self: Recorder, *arguments: Any) -> None:
+        seconds[0] += 100.0
+        prepare(self, *arguments)
+
+    monkeypatch.setattr(Recorder, "prepare", slow)
+    own = learner()
+    curve = evaluate(own, own.init(), stream, 5, 1, plan=Plan("vmap", trace=True))
+    assert seconds[0] == 100.0 and curve.seconds_per_task == 0.0
 
 
 def test_the_card_of_a_summary_is_that_of_the_curve() -> None:

@@ -196,7 +196,48 @@ def test_models_are_compared_on_the_same_tasks_and_finished_runs_are_kept(
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == made
     with pytest.raises(SystemExit):
         start(monkeypatch, out, *words, iterations=5)
-    assert "has --iterations 4, not 5; use the same flags, give --overwrite, or choose another --out" in capsys.readouterr().err
+    assert "was made with --iterations 4, not 5; resume with the same flags, or choose another" in capsys.readouterr().err
+
+
+CHANGED = [("--inner-lr", "0.3"), ("--meta-lr", "0.1"), ("--adapts", "head.*"), ("--lora", "2"), ("--queries", "3")]
+CHANGED += [("--batch-norm", "support"), ("--sampler.noise", "1")]
+
+
+@pytest.mark.usefixtures("here")
+def test_finished_runs_of_other_flags_are_not_taken_for_those_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start(monkeypatch, tmp_path / "out", "--models", "mlp")
+    monkeypatch.setattr(choose_model, "_train", lambda *_: pytest.fail("nothing is trained"))
+    start(monkeypatch, tmp_path / "out", "--models", "mlp")
+    for flag, value in CHANGED:
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            start(monkeypatch, tmp_path / "out", "--models", "mlp", flag, value)
+        assert f"mlp-seed0 was made with {flag.partition('.')[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("here")
+def test_a_model_may_have_flags_and_settings_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, wide = tmp_path / "out", "mlp width=8 lora=2 inner_lr=0.1"
+    start(monkeypatch, out, "--models", "mlp", wide, "conv4 width=4 adapts=head.*")
+    found = {each["model"]: each for each in json.loads((out / "models.json").read_text())["rows"]}
+    assert set(found) == {"mlp", wide, "conv4 width=4 adapts=head.*"}
+    config = Run(out / "mlp-width=8-lora=2-inner_lr=0.1-seed0").config
+    assert (config["model"], config["model_args"], config["lora"], config["inner_lr"]) == ("mlp", ["width=8"], 2, 0.1)
+    assert found[wide]["adapted"] < found["mlp"]["adapted"] and found[wide]["parameters"] < found["mlp"]["parameters"]
+    for words, message in (
+        (("mlp lora=much",), "lora is a number, not 'much'; give one"),
+        (("mlp lora",), "settings are written key=value"),
+        (("mlp width=wide",), "width is a whole number; give one"),
+        (("",), "unknown model ''"),
+        (("a/conv.py:Net", "b/conv.py:Net"), "there is no file a/conv.py"),
+    ):
+        with pytest.raises(SystemExit):
+            start(monkeypatch, tmp_path / "none", "--models", *words)
+        assert message in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
 @pytest.mark.usefixtures("here")
@@ -251,6 +292,7 @@ def test_a_model_that_fails_does_not_keep_the_others_from_the_table(
 
 def test_folders_are_called_as_files_can_be() -> None:
     assert folder("tv:resnet18") == "tv-resnet18" and folder("/a/b/mine.py:Net") == "mine-Net"
+    assert folder("tv:vit_b_16 lora=8 pretrained=/a/b.pth") == "tv-vit_b_16-lora=8-pretrained=b.pth"
 
 
 def test_a_diverged_model_is_last_and_has_no_front(monkeypatch: pytest.MonkeyPatch) -> None:

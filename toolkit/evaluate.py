@@ -72,10 +72,9 @@ def evaluate(
                 drawn = move(drawn, device)
                 plan = plan or replace(default_plan(_judged(learner), drawn), trace=trace)
                 more = measures_of(learner, drawn) if measures is None else tuple(measures.items())
-                began = time.perf_counter()
-                pieces = judge(learner, plan, steps, permutations, more)(meta, drawn)
+                pieces, seconds = judge(learner, plan, steps, permutations, more)(meta, drawn)
                 found = {name: torch.cat([piece[name] for piece in pieces]).cpu() for name in pieces[0]}
-                spent.append((time.perf_counter() - began) / len(block))
+                spent.append(seconds / len(block))
         for block, results in zip(blocks[mine:], group.gathered(found), strict=False):
             for name, values in results.items():
                 if name in scores:
@@ -84,7 +83,7 @@ def evaluate(
                     card[name] = card.get(name, Spread()).plus(values)
             if progress:
                 progress(len(block))
-    # The first tasks also pay for recordings and threads, so the others tell what a task costs.
+    # The first tasks also warm the caches, so the others tell what a task costs.
     seconds = statistics.median(spent[1:] or spent) if spent else 0.0
     told = group.gathered((digest.hexdigest()[:16], seconds))[0]
     return Curve(scores["loss"], scores["metric"], learner.metric_name, told[0], card, told[1])
@@ -108,9 +107,10 @@ def _judged(learner: Learner) -> Learner:
 @lru_cache(maxsize=8)
 def judge(
     learner: Learner, plan: Plan, steps: int, permutations: int, measures: tuple[tuple[str, Loss], ...] = ()
-) -> Callable[[Meta, Task], list[dict[str, Tensor]]]:
+) -> Callable[[Meta, Task], tuple[list[dict[str, Tensor]], float]]:
     """A function of (meta, tasks) -> for each piece of them the loss, the metric and the measures by name, of shape (tasks,
-    steps + 1, ...); with its threads and recordings kept for the next call."""
+    steps + 1, ...), and the seconds that this took; with its threads and recordings, whose making is not counted, kept for the
+    next call."""
     judged = {"loss": learner.loss, "metric": learner.metric, **dict(measures)}
 
     @torch.no_grad()
@@ -126,7 +126,7 @@ def judge(
 
     ready: list[tuple[Learner, Runner, Recorder]] = []
 
-    def score(meta: Meta, tasks: Task) -> list[dict[str, Tensor]]:
+    def score(meta: Meta, tasks: Task) -> tuple[list[dict[str, Tensor]], float]:
         with exact_layers(learner):
             if not ready:
                 own, one = _judged(learner), take(tasks, slice(0, 1))
@@ -137,7 +137,9 @@ def judge(
                 if plan.records:
                     recorder.prepare(own, meta, next(plan.pieces(tasks)))
             own, run, recorder = ready[0]
-            return list(run(lambda own, piece: recorder(own, meta, piece), plan.pieces(tasks)))
+            began = time.perf_counter()
+            pieces = list(run(lambda own, piece: recorder(own, meta, piece), plan.pieces(tasks)))
+            return pieces, time.perf_counter() - began
 
     return score
 

@@ -77,12 +77,22 @@ def assemble(flags: F, device: str | None = None) -> tuple[F, Learner, Tasks]:
 
 def splits(flags: F) -> tuple[F, dict[str, TaskSampler], ClassBank | None]:
     """The flags with the dataset settled, a sampler for each split, and the training classes if the tasks come from a bank."""
+    flags, make = named(flags)
+    banks = cache(lambda split: _bank(flags, split))
+    made = {split: banks(split) if make is None else _sampler(flags, make, split, banks) for split in SPLITS}
+    training = made["train"] if isinstance(made["train"], ClassBank) else banks("train") if flags.dataset else None
+    samplers = {split: Episodes(m, **_sizes(flags, split)) if isinstance(m, ClassBank) else m for split, m in made.items()}
+    return flags, {split: _augmented(flags, sampler, split) for split, sampler in samplers.items()}, training
+
+
+def named(flags: F) -> tuple[F, Any]:
+    """The flags with the dataset settled, and what makes their sampler: None for plain episodes of a dataset."""
     own, datasets = type(flags)().sampler, plugins.names("datasets")
     name = flags.sampler
     if name == "episodes" or (name in datasets and name not in plugins.names("samplers")):
         name = flags.dataset or (own if name == "episodes" else name)
-        flags, make = replace(flags, sampler=name, dataset=None), None
-    elif ":" in name or name in plugins.names("samplers"):
+        return replace(flags, sampler=name, dataset=None), None
+    if ":" in name or name in plugins.names("samplers"):
         make = plugins.resolve(name, "samplers")
         if _takes_bank(make):
             if flags.dataset is None and own not in datasets:
@@ -92,14 +102,8 @@ def splits(flags: F) -> tuple[F, dict[str, TaskSampler], ClassBank | None]:
             flags = replace(flags, dataset=flags.dataset or own)
         elif flags.dataset is not None or flags.dataset_args:
             raise UserError(f"--sampler {name} draws from no dataset, so --dataset would do nothing; leave it out")
-    else:
-        raise unknown("sampler", name, ["episodes", *plugins.names("samplers"), *datasets])
-
-    banks = cache(lambda split: _bank(flags, split))
-    made = {split: banks(split) if make is None else _sampler(flags, make, split, banks) for split in SPLITS}
-    training = made["train"] if isinstance(made["train"], ClassBank) else banks("train") if flags.dataset else None
-    samplers = {split: Episodes(m, **_sizes(flags, split)) if isinstance(m, ClassBank) else m for split, m in made.items()}
-    return flags, {split: _augmented(flags, sampler, split) for split, sampler in samplers.items()}, training
+        return flags, make
+    raise unknown("sampler", name, ["episodes", *plugins.names("samplers"), *datasets])
 
 
 def _bank(flags: Flags, split: str) -> ClassBank:

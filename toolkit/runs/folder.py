@@ -203,13 +203,14 @@ def prepare(path: Path, config: dict[str, Any], resume: bool, overwrite: bool) -
         if overwrite and not resume:
             shutil.rmtree(path)
         else:
-            _check_same(run.config, config, path)
+            check_same(run.config, config, path)
     path.mkdir(parents=True, exist_ok=True)
     write_json(path / "config.json", config)
     return Run(path)
 
 
-def _check_same(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
+def check_same(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
+    """Raises UserError where the new configuration would make other numbers than that of the run at `path`, naming the flag."""
     new = json.loads(json.dumps(new))  # as the old one was read: tuples are lists there
     for key in sorted(set(old) | set(new)):
         before, now = old.get(key, LATER.get(key)), new.get(key, LATER.get(key))
