@@ -153,7 +153,16 @@ def lost(group: Group) -> dict[str, Any]:
 
 def hung(group: Group) -> dict[str, Any]:
     """The last process stops without dying; the watch ends the others."""
-    if group.rank == group.size - 1:
+    return stopping(group, group.size - 1)
+
+
+def hung_first(group: Group) -> dict[str, Any]:
+    """The first process does, which keeps the notes by which the watch would see it."""
+    return stopping(group, 0)
+
+
+def stopping(group: Group, rank: int) -> dict[str, Any]:
+    if group.rank == rank:
         os.kill(os.getpid(), 19)
     group.gathered(0)
     return {}
@@ -163,7 +172,7 @@ if __name__ == "__main__":
     case, folder = sys.argv[1], Path(sys.argv[2])
     if case == "absent":
         distributed.ROLL_CALL = timedelta(seconds=1)
-    join(*((0.3, 2.0) if case == "hung" else ()))
+    join(*((0.3, 2.0) if case.startswith("hung") else ()))
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     result = globals()[case](here())
     torch.save(result, folder / f"{rank}-of-{size}.pt")

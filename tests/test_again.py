@@ -86,6 +86,51 @@ def test_a_head_made_of_the_support_set_fits_more_ways(finished: Callable[..., R
     assert Run(folder).curve.tasks == 5 and summary["chance"] == pytest.approx(1 / 8)
 
 
+def test_weights_are_opened_beside_the_frozen_base_that_they_were_trained_around_only(
+    finished: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No checkpoint holds that base, so another file of the same name would go on in silence."""
+    monkeypatch.chdir(tmp_path)
+    for seed in (1, 2):
+        model = parts.network("conv4-32", {"ways": 5, "channels": 1, "size": 28, "seed": seed})
+        torch.save(model.state_dict(), f"base{seed}.pt")
+    shutil.copy("base1.pt", "base.pt")
+    changed = {"freeze": "base", "pretrained": "base.pt", "adapts": "head", "map": "loop", "trace": False}
+    run = finished(tmp_path, **changed)
+    numbers = run.curve.metric
+    folder, _ = evaluated(run, [])
+    assert torch.equal(Run(folder).curve.metric, numbers)
+    again = {**SHORT, **changed, "queries": 1, "eval_queries": 2, "model": "conv4-32", "out": run.path}
+    config = quickstart.Config(**again, resume=True)  # type: ignore[arg-type]
+    shutil.copy("base2.pt", "base.pt")
+    said = "was trained around other frozen weights or statistics .* give those it began with by --pretrained"
+    for attempt in (lambda: evaluated(run, ["--ways", "4"]), lambda: shown(run, 0, []), lambda: quickstart.main(config)):
+        with pytest.raises(UserError, match=said):
+            attempt()
+    folder, _ = evaluated(run, ["--pretrained", "base1.pt", "--overwrite"])
+    assert torch.equal(Run(folder).curve.metric, numbers), "the file may lie elsewhere"
+    for manifest in (run.path / "checkpoints").glob("*/manifest.json"):  # as versions before this wrote it
+        held = json.loads(manifest.read_text())
+        assert held.pop("frozen") and held.pop("seal")
+        manifest.write_text(json.dumps(held | {"seal": checkpoint._seal(held)}))
+    evaluated(run, ["--ways", "4"])
+
+
+def test_an_evaluation_that_fails_costs_nothing(
+    finished: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = finished(tmp_path)
+    folder, summary = evaluated(run, [])
+
+    def fails(*_: Any) -> None:
+        raise UserError("no memory")
+
+    monkeypatch.setattr("toolkit.again.judged", fails)
+    with pytest.raises(UserError, match="no memory"):
+        evaluated(run, ["--overwrite"])
+    assert Run(folder).summary == summary and [*folder.parent.iterdir()] == [folder]
+
+
 def test_regression_is_tested_again(finished: Callable[..., Run], tmp_path: Path) -> None:
     run = finished(tmp_path, "sinusoid")
     folder, summary = evaluated(run, ["--shots", "5", "--eval-steps", "4"])

@@ -105,13 +105,17 @@ def test_a_lost_process_ends_the_others_with_a_sentence(tmp_path: Path) -> None:
     assert found["said"].startswith("Lost: another of the 2 processes is gone (") and found["seconds"] < 30
 
 
-def test_a_process_that_hangs_ends_the_others_with_a_sentence(tmp_path: Path) -> None:
-    running = start(["-m", "tests.processes", "hung", str(tmp_path)], 2)
-    _, errors = running[0].communicate(timeout=60)
-    running[1].kill()
-    running[1].communicate()
-    assert running[0].returncode == 1
-    assert "error: process 1 has given no sign of life for 2 s; the same command with --resume goes on" in errors
+@pytest.mark.parametrize(
+    ("case", "rank", "who"),
+    [("hung", 1, "process 1"), ("hung_first", 0, "process 0, or torchrun if it keeps the notes of all,")],
+)
+def test_a_process_that_hangs_ends_the_others_with_a_sentence(case: str, rank: int, who: str, tmp_path: Path) -> None:
+    running = start(["-m", "tests.processes", case, str(tmp_path)], 2)
+    _, errors = running[1 - rank].communicate(timeout=60)
+    running[rank].kill()
+    running[rank].communicate()
+    assert running[1 - rank].returncode == 1
+    assert f"error: {who} has given no sign of life for 2 s; the same command with --resume goes on" in errors
 
 
 def test_the_parts_of_a_batch_cover_it_once() -> None:
@@ -152,7 +156,8 @@ def test_a_run_by_two_processes_has_the_bits_of_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_by_another_number_of_processes_with_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_run_goes_on_by_another_number_of_processes_with_the_same_bits(killed: int, tmp_path: Path) -> None:
     command = [word if word != "6" else "60" for word in COMMAND]
     for code, _, errors in finished(start([*command, "--out", str(tmp_path / "whole")], 1)):
         assert code == 0, errors
@@ -160,9 +165,10 @@ def test_a_killed_run_goes_on_by_another_number_of_processes_with_the_same_bits(
     running = start([*command, *parts], 2)
     while not list((tmp_path / "parts").glob("checkpoints/step-*")):
         assert running[0].poll() is None
-    running[1].send_signal(signal.SIGKILL)
-    code, _, errors = finished(running, 60)[0]
+    running[killed].send_signal(signal.SIGKILL)
+    code, _, errors = finished(running, 60)[1 - killed]
     assert code == 2 and "error: another of the 2 processes is gone" in errors and "Traceback" not in errors
+    assert ("is saved" in errors) == (killed == 1), "only process 0 writes"
     assert "; the same command with --resume goes on from the newest checkpoint" in errors
     for size in (3, 1):  # the second finds nothing left to train
         for code, _, errors in finished(start([*command, *parts, "--resume"], size)):

@@ -20,7 +20,8 @@ from experiments import omniglot, sinusoid
 from tests.conftest import convolutional, dense, flat, named, task_batch
 from toolkit import Batch, Learner, Meta, Outer, Plan, Task, UserError, algorithms, evaluate, parts, train
 from toolkit.data.bank import ClassBank
-from toolkit.experiment import _better, _stop_signals, run
+from toolkit.distributed import Group
+from toolkit.experiment import _better, facts, run
 from toolkit.files import replace as replace_file
 from toolkit.flags import build, launch, settings
 from toolkit.metrics import squared_error
@@ -31,6 +32,7 @@ from toolkit.runs import checkpoint
 from toolkit.runs.folder import LATER, Run, config_hash, prepare, write_json
 from toolkit.runs.journal import ROWS, Journal
 from toolkit.samplers import AllClasses, Episodes, Sinusoid
+from toolkit.stopping import stop_signals
 from toolkit.task import move, take
 from toolkit.train import Record
 
@@ -285,6 +287,45 @@ def test_a_logger_that_cannot_be_made_leaves_no_folder(tmp_path: Path, monkeypat
     assert not (tmp_path / "run").exists()
 
 
+class Dropping(nn.Module):
+    """A model of sinusoids that draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Sequential(nn.Linear(1, 8), nn.Dropout(0.5)), nn.Linear(8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x))  # type: ignore[no-any-return]
+
+
+def test_a_run_that_is_refused_does_not_cost_the_one_that_it_was_to_replace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(config(tmp_path / "run", iterations=1), "sinusoid", regression(), TRAINING, VALIDATION, TEST)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    dropping = replace(regression(), model=Dropping())
+
+    def refused(learner: Learner = dropping, **changes: Any) -> str:
+        with pytest.raises(UserError) as caught:
+            flags = config(tmp_path / "run", iterations=1, overwrite=True, **changes)
+            run(flags, "sinusoid", learner, TRAINING, VALIDATION, TEST)
+        return str(caught.value)
+
+    assert "pip install tensorboard" in refused(regression(), logger=("tensorboard",))
+    assert "threads, recompute and recorded" in refused(map="vmap", memory="recompute")
+    assert "use --reduce fast" in refused(reduce="ordered", map="vmap", trace=False)
+    monkeypatch.setattr(Group, "part", lambda *_: (_ for _ in ()).throw(UserError("2 processes cannot share 1 task")))
+    assert "cannot share" in refused(regression())
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files and first.summary
+
+
+def test_processes_agree_on_what_they_send_each_other() -> None:
+    """Sharded or not is no part of what makes the numbers, but processes that differ in it would wait for each other."""
+    assert facts({"shard": True, "seed": 1}).items() >= {"--shard": True, "--seed": 1}.items()
+    assert "--data-root" not in facts({"data_root": "data"})
+
+
 def test_flags_and_model_decide_the_plan(tmp_path: Path) -> None:
     learner = algorithms.maml(convolutional())
 
@@ -460,7 +501,7 @@ def now(numbers: dict[int, Any]) -> dict[int, Any]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_collected_and_the_handlers_come_back(number: signal.Signals, handlers: dict[int, Any]) -> None:
-    with _stop_signals() as received:
+    with stop_signals() as received:
         assert received == [] and all(now(handlers)[each] != handler for each, handler in handlers.items())
         os.kill(os.getpid(), number)
         assert received == [number]
@@ -471,7 +512,7 @@ def test_a_signal_is_collected_and_the_handlers_come_back(number: signal.Signals
 
 def test_a_second_ctrl_c_interrupts_at_once_and_the_handlers_come_back(handlers: dict[int, Any]) -> None:
     reached = False
-    with pytest.raises(KeyboardInterrupt), _stop_signals():
+    with pytest.raises(KeyboardInterrupt), stop_signals():
         os.kill(os.getpid(), signal.SIGINT)
         reached = True
         os.kill(os.getpid(), signal.SIGINT)
@@ -482,7 +523,7 @@ def test_signals_are_left_alone_outside_the_main_thread(handlers: dict[int, Any]
     seen: list[Any] = []
 
     def work() -> None:
-        with _stop_signals() as received:
+        with stop_signals() as received:
             seen.append((received, now(handlers) == handlers))
 
     thread = threading.Thread(target=work)

@@ -20,7 +20,7 @@ from experiments import omniglot
 from tests.conftest import dense, flat
 from toolkit import Meta, UserError, algorithms
 from toolkit.runs import checkpoint
-from toolkit.runs.folder import LATER, NOT_HASHED, Run, config_hash, prepare, write_json
+from toolkit.runs.folder import LATER, NOT_HASHED, Run, config_hash, let_go, prepare, put_back, write_json
 
 META = algorithms.maml(dense()).init()
 STATE: dict[str, Any] = {"iteration": 7, "meta": META._asdict(), "optimizer": {"state": {}, "param_groups": []}}
@@ -344,3 +344,17 @@ def test_statistics_of_batch_norm_come_back_bit_for_bit(tmp_path: Path) -> None:
     loaded = checkpoint.load_newest(tmp_path, "a")
     assert loaded is not None and list(loaded[0].stats) == list(stats)
     assert all(torch.equal(loaded[0].stats[name], tensor) for name, tensor in stats.items())
+
+
+def test_what_a_run_replaces_is_kept_until_that_one_is_sure(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    prepare(run, {"seed": 0}, resume=False, overwrite=False)
+    (run / "old").touch()
+    prepare(run, {"seed": 1}, resume=False, overwrite=True)
+    put_back(run)
+    assert (run / "old").exists() and Run(run).config == {"seed": 0}
+    prepare(run, {"seed": 1}, resume=False, overwrite=True)
+    let_go(run)
+    assert list(tmp_path.iterdir()) == [run] and Run(run).config == {"seed": 1} and not (run / "old").exists()
+    put_back(run)
+    assert not run.exists(), "nothing was replaced"

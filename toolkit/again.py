@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from toolkit import experiment, parts, plugins
+from toolkit.distributed import fingerprint
 from toolkit.errors import UserError
 from toolkit.flags import PROTOCOLS, EpisodeFlags, Flags, checked
 from toolkit.landscape import landscape
 from toolkit.learner import Learner, Meta
+from toolkit.modules import unlearned
 from toolkit.plan import Plan
 from toolkit.runs import checkpoint
-from toolkit.runs.folder import Run, config_hash, prepare, write_json
+from toolkit.runs.folder import Run, config_hash, let_go, prepare, put_back, write_json
 from toolkit.runs.summary import Outcome, code_version, table
 from toolkit.starts import inherited, zeros
 from toolkit.task import draw, move, take
@@ -33,7 +35,7 @@ CODE = ("algorithm", "sampler", "dataset", "model")  # flags that may name code
 TEST_ONLY = (
     "sampler", "dataset", "sampler_args", "dataset_args", "ways", "shots", "eval_queries", "eval_tasks", "eval_steps",
     "eval_seed", "protocol", "permutations", "support_copies", "inner_lr", "rule", "batch_norm", "data_root", "download",
-    "device", "map", "chunk", "out", "overwrite", "debug",
+    "pretrained", "device", "map", "chunk", "out", "overwrite", "debug",
 )  # fmt: skip
 
 NAMED = (  # what neither the name of a run nor the size of its test tells, and makes another evaluation
@@ -91,7 +93,7 @@ def evaluated(run: Run, words: Sequence[str]) -> tuple[Path, dict[str, Any]]:
         flags = replace(flags, dataset=None, dataset_args=())
     flags, learner, tasks = parts.assemble(flags)
     learner = experiment.on_device(flags.device, learner)
-    outcome = replace(_outcome(run), best=_fitting(run, learner, _weights(run)))
+    outcome = replace(_outcome(run), best=_fitting(run, learner))
     config = experiment.configuration(flags, str(run.config.get("experiment", "")), learner)
     name = f"{flags.run_name}-{flags.eval_tasks}x{flags.eval_steps}-{flags.eval_seed}"
     changed = {key: getattr(flags, key) for key in NAMED if getattr(flags, key, None) != getattr(kept, key, None)}
@@ -106,7 +108,12 @@ def evaluated(run: Run, words: Sequence[str]) -> tuple[Path, dict[str, Any]]:
         "command": shlex.join(["toolkit", "evaluate", place, *typed]),
         "weights_of": run.path.name,
     }
-    summary = judged(folder, flags, config, learner, outcome, tasks.test, tasks.chance, traces)
+    try:
+        summary = judged(folder, flags, config, learner, outcome, tasks.test, tasks.chance, traces)
+    except BaseException:
+        put_back(folder)
+        raise
+    let_go(folder)
     from toolkit.plots.figures import adaptation
     from toolkit.plots.save import save
 
@@ -186,7 +193,7 @@ def shown(run: Run, index: int, words: Sequence[str], path: bool = False, gif: b
     place = flags.out or run.path
     flags, learner, tasks = parts.assemble(_as_trained(flags, flags_of(run, _code(words))))
     learner = experiment.on_device(flags.device, learner)
-    weights, steps = _fitting(run, learner, _weights(run)), max(flags.eval_steps, learner.steps)
+    weights, steps = _fitting(run, learner), max(flags.eval_steps, learner.steps)
     tensors = example(flags, learner, weights, tasks.test, index)
     if not tensors:
         raise UserError(f"the tasks of {run.path} have inputs of several parts, of which there is no picture")
@@ -245,8 +252,8 @@ def _code(words: Sequence[str]) -> list[str]:
     return found
 
 
-def _weights(run: Run) -> Meta:
-    loaded = checkpoint.load_newest(run.path / "checkpoints", config_hash(run.config))
+def _weights(run: Run, learner: Learner) -> Meta:
+    loaded = checkpoint.load_newest(run.path / "checkpoints", config_hash(run.config), fingerprint(unlearned(learner.model)))
     if loaded is None:
         if "weights_of" in run.summary:
             raise UserError(f"{run.path} is an evaluation without weights; give the run, {run.summary['weights_of']}")
@@ -260,9 +267,9 @@ def _outcome(run: Run) -> Outcome:
     return Outcome(Meta({}, {}), run.summary["selected"], cost["seconds"], plan, cost["peak_mb"], *known)
 
 
-def _fitting(run: Run, learner: Learner, weights: Meta) -> Meta:
-    """The weights as the learner has them. A head of another size will do where a method makes it of the support set."""
-    own = learner.init()
+def _fitting(run: Run, learner: Learner) -> Meta:
+    """The run's weights as the learner has them. A head of another size will do where a method makes it of the support set."""
+    weights, own = _weights(run, learner), learner.init()
     wrong = [name for name, p in own.params.items() if name not in weights.params or weights.params[name].shape != p.shape]
     made = learner.start not in (inherited, zeros)
     if [name for name in wrong if not (made and name.startswith(f"{learner.head}."))]:

@@ -215,9 +215,10 @@ def join(beat: float = BEAT, patience: float = PATIENCE) -> None:
         raise Lost(f"of {total} processes not all started within {seconds} s; look at what the others say") from None
     kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(kinds, timeout=STUCK, store=store, rank=rank, world_size=size)
-    over = threading.Event()
-    watch = threading.Thread(target=_watch, args=(notes, over, beat, patience), daemon=True, name="watch")
+    over, beats = threading.Event(), [0]
+    watch = threading.Thread(target=_watch, args=(notes, over, beats, beat, patience), daemon=True, name="watch")
     watch.start()
+    threading.Thread(target=_guard, args=(over, beats, beat, patience), daemon=True, name="guard").start()
     JOINED.append(Joined(notes, watch, over))
 
 
@@ -244,8 +245,8 @@ def said_already(sentence: str) -> bool:
         return False
 
 
-def _watch(notes: Store, over: threading.Event, beat: float, patience: float) -> None:
-    """Counts for the others to see, and looks whether they still count, until it is over."""
+def _watch(notes: Store, over: threading.Event, beats: list[int], beat: float, patience: float) -> None:
+    """Counts for the others to see, and looks whether they still count, until it is over. `beats` counts the looks."""
     rank, size = dist.get_rank(), dist.get_world_size()
     seen, silent = [-1] * size, [0.0] * size
     while not over.wait(beat):
@@ -264,7 +265,22 @@ def _watch(notes: Store, over: threading.Event, beat: float, patience: float) ->
             if over.wait(beat):  # ending as the others do
                 return
             reason = "process 0 is gone"
+        beats[0] += 1
         if reason:
-            print(f"error: {reason}; the same command with --resume goes on from the newest checkpoint", file=sys.stderr)
-            sys.stderr.flush()
-            os._exit(1)
+            _end(reason)
+
+
+def _guard(over: threading.Event, beats: list[int], beat: float, patience: float) -> None:
+    """Notices when the watch waits for an answer that does not come: whoever keeps the notes, process 0 unless torchrun does,
+    is there and silent, and the store has no time limit of its own for that."""
+    seen, silent = -1, 0.0
+    while not over.wait(beat):
+        silent, seen = silent + beat if beats[0] == seen else 0.0, beats[0]
+        if silent >= patience:
+            _end(f"process 0, or torchrun if it keeps the notes of all, has given no sign of life for {silent:.0f} s")
+
+
+def _end(reason: str) -> None:
+    print(f"error: {reason}; the same command with --resume goes on from the newest checkpoint", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(1)

@@ -78,7 +78,7 @@ def gradient_function(learner: Learner, plan: Plan) -> GradientFunction:
         """What only the first batch of these shapes needs."""
         _check_batch(tasks)
         if not ready:
-            _refuse_random(learner, plan, tasks)
+            refuse_random(learner, plan, tasks)
             if tasks.support.y.device.type == "cpu":
                 keep_freed_memory() if plan.memory == "unroll" else map_each_tensor()
             one = take(share.sample, slice(0, 1))
@@ -123,13 +123,15 @@ def _laid_out_like(leaf: Tensor, slope: Tensor) -> Tensor:
     return slope if slope.stride() == leaf.stride() else torch.empty_like(leaf).copy_(slope)
 
 
-def _refuse_random(learner: Learner, plan: Plan, tasks: Task) -> None:
-    cannot = plan.map == "threads" or plan.memory == "recompute" or plan.records
-    if cannot and learner.observe(take(tasks, 0).support.x).random:
+def refuse_random(learner: Learner, plan: Plan, tasks: Task) -> bool:
+    """Whether the model draws random numbers. Raises UserError where the plan cannot repeat them."""
+    random = learner.observe(take(tasks, 0).support.x).random
+    if random and (plan.map == "threads" or plan.memory == "recompute" or plan.records):
         raise UserError(
             "the model draws random numbers (dropout?), which threads, recompute and recorded or compiled code cannot repeat; "
             "use map 'vmap' or 'loop' with memory 'unroll', no trace and no compile"
         )
+    return random
 
 
 def _check_batch(tasks: Task) -> None:

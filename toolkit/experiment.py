@@ -3,16 +3,10 @@
 import copy
 import logging
 import math
-import os
-import shutil
 import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -22,23 +16,25 @@ from tqdm import tqdm
 from toolkit import parts, plugins
 from toolkit.backend import backend
 from toolkit.cost import operations
-from toolkit.distributed import Group, Lost, here
+from toolkit.distributed import Group, Lost, fingerprint, here
 from toolkit.energy import Energy, counters
 from toolkit.engine import switched
 from toolkit.errors import UserError
 from toolkit.evaluate import calibrate, evaluate
 from toolkit.flags import Flags
 from toolkit.learner import Learner, Meta
+from toolkit.modules import unlearned
 from toolkit.plan import Plan, ordered
 from toolkit.runs import checkpoint
-from toolkit.runs.folder import NOT_HASHED, Run, config_hash, prepare, source_hash, write_json
+from toolkit.runs.folder import NOT_HASHED, Run, config_hash, let_go, prepare, put_back, source_hash, write_json
 from toolkit.runs.journal import Journal, rates
 from toolkit.runs.loggers import loggers
 from toolkit.runs.summary import Outcome, code_version, command, peak_mb, table
 from toolkit.sharded import whole
+from toolkit.stopping import stop_signals
 from toolkit.task import TaskSampler, draw, move, take
 from toolkit.testing import judged
-from toolkit.train import Gradient, NoMemory, NotFinite, Record, State, train
+from toolkit.train import Gradient, NoMemory, NotFinite, Record, State, shared, train
 from toolkit.tree import numel
 
 log = logging.getLogger("toolkit")
@@ -63,7 +59,9 @@ def run(
     git = code_version()  # now: the files may change while the run goes on
     config = configuration(flags, experiment, learner)
     group = here(flags.reduce == "ordered", flags.shard)
-    group.agree(facts(config), "start all of them with the same command, on the same code")
+    frozen = fingerprint(unlearned(learner.model))
+    own = facts(config) | {"frozen weights of hash": frozen}
+    group.agree(own, "start all of them with the same command, on the same code and weights")
     learner = on_device(flags.device, learner)
     trainee, source = learner, training
     if learner.pretrain:
@@ -73,8 +71,8 @@ def run(
             )
         trainee, source = on_device(flags.device, learner.pretrain), pretraining
     for each, sampler in ((learner, training), (trainee, source)):
-        task = take(draw(sampler, 1, flags.seed), 0)
-        each.rehearse(move(task, flags.device))
+        sample = move(draw(sampler, 1, flags.seed), flags.device)
+        each.rehearse(task := take(sample, 0))
         if flags.permutations > 1 and task.support.y.is_floating_point():
             raise UserError(f"--permutations {flags.permutations} needs classes, but these tasks are regression; leave it out")
     folder = flags.out or Path("results") / experiment / flags.run_name
@@ -84,7 +82,9 @@ def run(
         plan = replace(plan, workers=plan.workers or torch.get_num_threads())
         torch.set_num_threads(1)  # kernels split sums over their threads, and processes have other numbers of them
     gradient = backend(flags.backend)
-    gradient(trainee, plan)  # refuses what it cannot compute, before anything is written
+    # What these refuse is refused before anything is written.
+    gradient(trainee, plan)
+    shared(trainee, plan, flags.tasks, group, sample)
     for name in flags.logger:
         plugins.resolve(name, "loggers")
     finished = group.first(lambda: prepare(folder, config, flags.resume, flags.overwrite))
@@ -93,9 +93,9 @@ def run(
     by = "" if flags.backend == "toolkit" else f", meta-gradient by {flags.backend}, task by task"
     many = f", {group.size} processes" if group.size > 1 else ""
     log.info("%s on %s, %s%s%s", learner.name, flags.sampler, _describe(learner, plan), by, many)
-    if changed := switched(trainee, move(take(draw(source, 1, flags.seed), 0), flags.device)):
+    if changed := switched(trainee, task):
         log.info("%s", changed)
-    job = Job(flags, folder, learner, trainee, training, source, validation, plan, gradient, config_hash(config), group)
+    job = Job(flags, folder, learner, trainee, training, source, validation, plan, gradient, config_hash(config), frozen, group)
     outcome = _train(job)
     traces = {"git": git, "command": command(flags, experiment)} | ({"processes": group.size} if group.size > 1 else {})
     summary = judged(folder, flags, config, learner, outcome, test, chance, traces, group)
@@ -117,7 +117,8 @@ def configuration(flags: Flags, experiment: str, learner: Learner | None = None)
 
 def facts(config: dict[str, Any]) -> dict[str, Any]:
     """What has to be equal in all processes of a run: its flags, the code, torch."""
-    own = {f"--{key.replace('_', '-')}": value for key, value in config.items() if key not in NOT_HASHED}
+    # Sharded or not makes the same numbers, but other messages between processes.
+    own = {f"--{k.replace('_', '-')}": v for k, v in config.items() if k not in NOT_HASHED or k == "shard"}
     return own | {"toolkit code": source_hash(), "torch": torch.__version__}
 
 
@@ -154,6 +155,7 @@ class Job:
     plan: Plan
     gradient: Gradient
     identity: str
+    frozen: str
     group: Group
 
     def handed_over(self, meta: Meta) -> Meta:
@@ -166,7 +168,7 @@ def _train(job: Job) -> Outcome:
     """Training with validation, checkpoints, progress and metrics; starts from the newest checkpoint if there is one."""
     flags, learner, group = job.flags, job.learner, job.group
     checkpoints = job.folder / "checkpoints"
-    best, saved = group.first(lambda: checkpoint.load_newest(checkpoints, job.identity)) or (learner.init(), {})
+    best, saved = group.first(lambda: checkpoint.load_newest(checkpoints, job.identity, job.frozen)) or (learner.init(), {})
     # A checkpoint is read onto the CPU, and training stays on the device of its parameters.
     state = State(saved["iteration"], Meta(**move(saved["meta"], flags.device)), saved["optimizer"]) if saved else None
     selected = saved.get("selected", {})
@@ -179,8 +181,9 @@ def _train(job: Job) -> Outcome:
             journal.loggers = loggers(flags.logger, job.folder, Run(job.folder).config, done)
         except UserError:  # such as a package that is not there; the same command may be given again
             if not (done or flags.resume):
-                shutil.rmtree(job.folder)
+                put_back(job.folder)
             raise
+        let_go(job.folder)
     if done:
         log.info("going on after iteration %d", done)
 
@@ -194,13 +197,13 @@ def _train(job: Job) -> Outcome:
             content = {"selected": selected, "seconds": journal.seconds, "metrics_bytes": journal.size}
             content |= {"iteration": state.iteration, "meta": state.meta._asdict(), "optimizer": optimizer}
             content |= {"joules": energy.joules()}
-            checkpoint.save(checkpoints, state.iteration, best, content, job.identity)
+            checkpoint.save(checkpoints, state.iteration, best, content, job.identity, job.frozen)
 
     sizes = flags.iterations, flags.tasks, flags.meta_lr, flags.seed
     records = train(job.trainee, job.source, *sizes, job.plan, state, job.gradient, group)
     quiet = done == flags.iterations or group.rank > 0
     bar = tqdm(total=flags.iterations, initial=done, desc="train", unit="it", disable=quiet)
-    with bar, _stop_signals() as stopped:
+    with bar, stop_signals() as stopped:
         try:
             for record in records:
                 state = record.state
@@ -228,10 +231,11 @@ def _train(job: Job) -> Outcome:
                     log.info("stopped after iteration %d; the same command with --resume goes on", record.iteration)
                     sys.exit(128 + (stopped or [signal.SIGTERM])[0])
         except (NotFinite, NoMemory, Lost) as error:
-            # Where this process stands alone, parts of the optimiser are out of reach: then the newest checkpoint must do.
-            if whole_group := isinstance(error, NotFinite) or not group.sharded:
+            # What stopped all of them alike is saved by the first. Where that one stands alone, it still saves what it has all
+            # of; else parts of the optimiser are out of reach, and the newest checkpoint must do.
+            if saves := isinstance(error, NotFinite) or not (group.rank or group.sharded):
                 save()
-            kept = f"; everything up to iteration {state.iteration if state else 0} is saved" if whole_group else ""
+            kept = f"; everything up to iteration {state.iteration if state else 0} is saved" if saves else ""
             if not isinstance(error, NotFinite):
                 kept += "; the same command with --resume goes on from the newest checkpoint"
             raise UserError(f"{error}{kept}") from None
@@ -276,25 +280,3 @@ def _better(row: dict[str, float], selected: dict[str, float], learner: Learner)
         return row.get("val_finite", 0.0), sign * row[key] if key in row else -math.inf
 
     return not selected or rank(row) > rank(selected)
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying of them; a second SIGINT interrupts at once."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # only the main thread may set handlers
-        return
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if signal.SIGINT in received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-        os.write(2, b"\nfinishing this iteration, then saving (Ctrl-C again stops at once)\n")
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

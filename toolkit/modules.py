@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
 from difflib import get_close_matches
 
-from torch import nn
+from torch import Tensor, nn
 
 from toolkit.errors import UserError
 from toolkit.tree import Selection, matches
@@ -47,6 +47,11 @@ def listed(names: Iterable[str]) -> str:
     if len(names) <= SHOWN:
         return ", ".join(names) or "none"
     return f"{', '.join(names[: SHOWN // 2])} and {len(names) - SHOWN // 2} more"
+
+
+def unlearned(model: nn.Module) -> dict[str, Tensor]:
+    """What of a model is in no checkpoint, since no loop moves it: frozen weights and buffers, by name."""
+    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if not tensor.requires_grad}
 
 
 def blocks(model: nn.Module) -> tuple[str, ...]:

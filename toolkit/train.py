@@ -11,12 +11,12 @@ from torch.nn.utils import get_total_norm
 from torch.utils import _pytree as pytree
 
 from toolkit.distributed import ALONE, Group, Share
-from toolkit.engine import GradientFunction, Metrics, gradient_function
+from toolkit.engine import GradientFunction, Metrics, gradient_function, refuse_random
 from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta
 from toolkit.plan import Plan, default_plan, ordered, out_of_memory
 from toolkit.sharded import masters, publish, restored
-from toolkit.task import Task, TaskSampler, count, draw, move, stream_seed, take
+from toolkit.task import Task, TaskSampler, count, draw, move, stream_seed
 
 log = logging.getLogger("toolkit")
 Gradient = Callable[[Learner, Plan], GradientFunction]
@@ -87,6 +87,17 @@ def train(
     return _records(learner, sampler, iterations, tasks, meta_lr, seed, plan, start, gradient, group)
 
 
+def shared(learner: Learner, plan: Plan, tasks: int, group: Group, sample: Task) -> tuple[range, bool]:
+    """The tasks of a meta-batch of `tasks` that are this process's, and whether the model draws random numbers. Raises
+    UserError where the group cannot share so few, or the plan or the group cannot repeat what is drawn. `sample` are some
+    tasks."""
+    part = group.part(tasks, plan.size(tasks) if group.ordered else 1)
+    random = refuse_random(learner, plan, sample)
+    if random and group.ordered:
+        raise UserError("the model draws random numbers (dropout?), whose order is not that of the tasks; use --reduce fast")
+    return part, random
+
+
 def _records(
     learner: Learner,
     sampler: TaskSampler,
@@ -108,10 +119,7 @@ def _records(
     device, first = leaves[0].device, start.iteration if start else 0
     sample = move(draw(sampler, tasks, seed, first * tasks), device)
     plan = plan or (ordered if group.ordered else lambda plan: plan)(default_plan(learner, sample))
-    part = group.part(tasks, plan.size(tasks) if group.ordered else 1)
-    random = learner.observe(take(sample, 0).support.x).random
-    if random and group.ordered:
-        raise UserError("the model draws random numbers (dropout?), whose order is not that of the tasks; use --reduce fast")
+    part, random = shared(learner, plan, tasks, group, sample)
     for i in range(first, iterations):
         if i == first or i % COMPARED_EVERY == 0:
             group.same(meta, i)

@@ -187,7 +187,7 @@ def source_hash() -> str:
 
 
 def prepare(path: Path, config: dict[str, Any], resume: bool, overwrite: bool) -> Run:
-    """The run folder for `config`, made when it is not there.
+    """The run folder for `config`, made when it is not there. One that is replaced is kept aside until `let_go`.
 
     Raises UserError when the folder exists and neither `resume` nor `overwrite` was asked for, when it is no run folder, or
     when it was made with another configuration.
@@ -201,12 +201,29 @@ def prepare(path: Path, config: dict[str, Any], resume: bool, overwrite: bool) -
                 f"the run folder {path} exists; continue it with --resume, replace it with --overwrite, or choose --out"
             )
         if overwrite and not resume:
-            shutil.rmtree(path)
+            let_go(path)
+            path.rename(_aside(path))
         else:
             check_same(run.config, config, path)
     path.mkdir(parents=True, exist_ok=True)
     write_json(path / "config.json", config)
     return Run(path)
+
+
+def let_go(path: Path) -> None:
+    """Removes what the run folder replaced."""
+    shutil.rmtree(_aside(path), ignore_errors=True)
+
+
+def put_back(path: Path) -> None:
+    """Removes a run folder that came to nothing; what it replaced is there again."""
+    shutil.rmtree(path)
+    if _aside(path).exists():
+        _aside(path).rename(path)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.replaced")
 
 
 def check_same(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
