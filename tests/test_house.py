@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # Who may import whom, lowest first: a module may import those of earlier lines only (and its own room).
 LAYERS = [
-    ["errors", "files"],
+    ["errors", "files", "stopping"],
     ["plugins", "intervals", "arguments", "cluster"],
     ["task", "tree", "energy"],
     ["metrics", "kernels", "curve", "modules", "outer", "allocator", "distributed"],
@@ -22,7 +22,7 @@ LAYERS = [
     ["engine", "sharded"],
     ["choose", "cost"],
     ["predict", "algorithms", "train", "evaluate", "landscape", "adapted"],
-    ["backend", "mixture", "probe", "tuning"],
+    ["backend", "mixture", "overlap", "probe", "tuning"],
     ["health", "diagnosis"],
     ["runs"],
     ["plots", "report"],

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +18,7 @@ from torch.utils import _pytree as pytree
 from experiments import big_model_intents
 from experiments.big_model_intents import PRESETS
 from tests.conftest import finite_differences, mean_objective, relative, stirred
-from toolkit import Batch, Learner, Meta, Task, UserError, evaluate, plugins
+from toolkit import Batch, Learner, Meta, Task, UserError, evaluate, parts, plugins
 from toolkit.algorithms import maml, protonet
 from toolkit.data import wordpieces
 from toolkit.data.intents import DOMAINS, clinc150_wordpieces
@@ -318,7 +319,9 @@ def test_rows_that_cannot_be_are_one_sentence(folder: Path, tmp_path: Path) -> N
     with pytest.raises(UserError, match="texts of 2 tokens; give a length of at least 3"):
         wordpieces.rows(TEXTS, str(folder), 2)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="has no tokenizer that can be read"):
+    with pytest.raises(
+        UserError, match=r"has no tokenizer, none of tokenizer\.json, .*; copy its files there, or give another"
+    ):
         wordpieces.rows(TEXTS, str(tmp_path), 9)
 
 
@@ -389,3 +392,64 @@ def test_a_preset_runs_and_what_came_is_left_as_it_came(preset: str, root: Path,
         sampler = Episodes(clinc150_wordpieces("test", root, letters, 9), 3, 1, 4)
         expected = evaluate(protonet(model), protonet(model).init(), sampler, 3, 0, plan=Plan("loop"))
         assert run.summary["test"]["mean"][0] == pytest.approx(float(expected.mean()[0]), abs=1e-6)
+
+
+def test_a_model_is_not_given_the_numbers_of_another_tokenizer(root: Path, letters: str, tmp_path: Path) -> None:
+    """Which are numbers that it knows, of other words, so that it would go on in silence at the accuracy of noise."""
+    model = tiny_folder(tmp_path / "model", letters)
+
+    def assembled(sampler: str = "clinc150-wordpieces", **changes: Any) -> Any:
+        sizes = {"ways": 3, "queries": 2, "eval_queries": 2, "algorithm": "protonet"}
+        flags = big_model_intents.Config(sampler=sampler, model=f"hf:{model}", data_root=root, **sizes | changes)
+        return parts.assemble(flags)[1].model
+
+    other, same = str(tmp_path / "other"), str(tmp_path / "same")
+    shutil.copytree(letters, same)
+    shutil.copytree(letters, other)
+    words = (Path(letters) / "vocab.txt").read_text().splitlines()
+    (Path(other) / "vocab.txt").write_text("\n".join([*words[:4], *reversed(words[4:])]))
+    (Path(other) / "tokenizer.json").unlink(missing_ok=True)
+    length = "length=9"
+    with pytest.raises(
+        UserError, match=rf"reads numbers by the tokenizer of .*model, but these .* by the tokenizer of {other};"
+    ):
+        assembled(sampler_args=(f"tokenizer={other}", length))
+    with pytest.raises(UserError, match=r"these tasks have others, by hashing words and n-grams; use that tokenizer, as in"):
+        assembled("clinc150", sampler_args=("buckets=30", length))
+    assert assembled(sampler_args=(f"tokenizer={same}", length)).tokens.padding == 0
+    for file in Path(model).glob("*"):
+        if file.name not in ("config.json", "model.safetensors"):
+            file.unlink()
+    assert assembled(sampler_args=(f"tokenizer={other}", length)).tokens is None, "of a model without one nothing is known"
+
+
+def tiny_folder(place: Path, tokenizer: str) -> str:
+    """A small model with its tokenizer, as the library saves them."""
+    sizes = TINY | {"vocab_size": 40}
+    transformers.BertModel(transformers.BertConfig(**sizes)).save_pretrained(place)
+    for file in Path(tokenizer).glob("*"):
+        if file.name != "config.json":
+            shutil.copy(file, place)
+    return str(place)
+
+
+@pytest.mark.parametrize("name", ["hf:bert", "hf:roberta", "bag"])
+def test_the_tasks_say_which_number_fills(name: str, root: Path, letters: str, tmp_path: Path) -> None:
+    place = tmp_path / "tokenizer"
+    place.mkdir()
+    first, second, *words = (Path(letters) / "vocab.txt").read_text().splitlines()
+    (place / "vocab.txt").write_text("\n".join([second, first, *words]))
+    transformers.BertTokenizer(str(place / "vocab.txt")).save_pretrained(place)
+    (place / "config.json").write_text("{}")
+    sizes = {} if name == "bag" else TINY | {"vocab_size": 40}
+    flags = big_model_intents.Config(
+        model=name, model_args=tuple(f"{k}={v}" for k, v in sizes.items()), data_root=root, ways=3, queries=2, eval_queries=2,
+        sampler_args=(f"tokenizer={place}", "length=9"), algorithm="protonet",
+    )  # fmt: skip
+    _, learner, _ = parts.assemble(flags)
+    body = learner.model.body if name != "bag" else learner.model.body.bag
+    assert body.padding == 1, "of the tokenizer"
+    x = torch.tensor([[2, 5, 6, 3, 1, 1, 1, 1, 1]])
+    torch.testing.assert_close(learner.model(x), learner.model(x[:, :4]), atol=1e-5, rtol=1e-5)
+    if name == "hf:roberta":
+        assert body.model.embeddings.padding_idx == 1, "by which it counts positions"

@@ -430,12 +430,22 @@ def test_a_file_with_the_librarys_names_fills_the_body(name: str, tmp_path: Path
     assert caplog.text.count("has other outputs and is left out; the head is new") == 1
 
 
-def test_a_file_with_the_name_of_the_librarys_own_is_known_for_it(tmp_path: Path) -> None:
+def test_a_file_of_the_librarys_own_is_known_by_its_content_whatever_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "toolkit")
     entry = models.get_model_weights(SMALL).DEFAULT
     name = entry.url.rpartition("/")[2]
-    model = tv(pretrained=written(tmp_path / name, library(9).state_dict()))
-    assert model.pretrained_on == f"file {name}: ImageNet-1k (torchvision IMAGENET1K_V1)"
-    assert model.pretrained_classes == tuple(entry.meta["categories"])
+    pretending = tv(pretrained=written(tmp_path / name, library(9).state_dict()))
+    assert pretending.pretrained_on == f"file {name}" and pretending.pretrained_classes == ()
+    assert "which classes it was trained on is not known, so none is warned of" in caplog.text
+    caplog.clear()
+    data, name = content()
+    monkeypatch.setattr(entry.value, "url", f"https://nowhere/{name}")
+    (tmp_path / "renamed.pth").write_bytes(data)
+    model = tv(pretrained=str(tmp_path / "renamed.pth"))
+    assert model.pretrained_on == "file renamed.pth: ImageNet-1k (torchvision IMAGENET1K_V1)"
+    assert model.pretrained_classes == tuple(entry.meta["categories"]) and "is not known" not in caplog.text
 
 
 def test_a_classifier_of_the_same_width_becomes_the_head(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,7 +3,6 @@
 import copy
 import json
 import logging
-import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -16,12 +15,13 @@ from torch import nn
 
 from toolkit import plugins
 from toolkit.choose import choose
-from toolkit.data.bank import ClassBank
+from toolkit.data.bank import ClassBank, Tokens
 from toolkit.errors import UserError, unknown
 from toolkit.flags import Flags, build
 from toolkit.learner import Learner, Loss
 from toolkit.metrics import accuracy, cross_entropy, of_ways, squared_error
 from toolkit.models.weights import load, read
+from toolkit.overlap import banks_of, warn_of_overlap
 from toolkit.plan import Plan, compiled_plan, default_plan
 from toolkit.samplers import AllClasses, Augmented, Episodes, crop_flip
 from toolkit.task import Padded, Task, TaskSampler, draw, move, take
@@ -68,8 +68,9 @@ def assemble(flags: F, device: str | None = None) -> tuple[F, Learner, Tasks]:
     kind = _kind(list(samplers.values()), looks)
     bank = None if looks[0].support.y.is_floating_point() else bank  # then its classes are no targets
     with torch.device(device) if device else nullcontext():
-        flags, network = _model(flags, looks[0], kind.outputs)
-        _warn_of_overlap(flags.model, network, _classes(samplers["test"]))
+        tokens = next((each.tokens for each in banks_of(samplers["train"]) if each.tokens), None)
+        flags, network = _model(flags, looks[0], kind.outputs, tokens)
+        warn_of_overlap(flags.model, network, [name for each in banks_of(samplers["test"]) for name in each.names])
         learner = build(flags, network, bank.classes if bank else None, **kind.score)
     whole = AllClasses(bank, sum(batch.y.shape[1] for batch in looks[0])) if bank else None
     return flags, learner, Tasks(samplers["train"], samplers["val"], samplers["test"], kind.chance, whole)
@@ -177,20 +178,21 @@ def _kind(samplers: list[TaskSampler], looks: list[Task]) -> Kind:
     return Kind(outputs, None if padded else 1 / ways[-1], {"loss": fewer(cross_entropy), "metric": fewer(accuracy)})
 
 
-def _model(flags: F, tasks: Task, outputs: int) -> tuple[F, nn.Module]:
+def _model(flags: F, tasks: Task, outputs: int, tokens: Tokens | None) -> tuple[F, nn.Module]:
     """The network, and the flags with its name: where the experiment's own does not fit the examples, one that does."""
     x = tasks.support.x.x if isinstance(tasks.support.x, Padded) else tasks.support.x
     inputs = {k: tuple(v.shape[2:]) for k, v in x.items()} if isinstance(x, dict) else tuple(x.shape[2:])
     given: dict[str, Any] = {"inputs": inputs, "outputs": outputs, "ways": outputs, "seed": flags.seed}
     given |= {"pretrained": flags.pretrained} if flags.pretrained else {}
+    given |= {"padding": tokens.padding} if tokens else {}
     kind = "several inputs" if isinstance(x, dict) else "numbers" if x.is_floating_point() else "feature numbers"
     if kind == "numbers" and isinstance(inputs, tuple) and len(inputs) == 3 and inputs[1] == inputs[2]:
         kind, given = "square images", given | {"channels": inputs[0], "size": inputs[1]}
     target = plugins.resolve(flags.model, "models")
     if isinstance(target, nn.Module):
         return flags, network(flags.model, given)
-    named = WANTED.get("".join(flags.model.partition(":")[:2]), kind)
-    wanted = "square images" if {"channels", "size"} & plugins.takes(target) else named
+    usual = WANTED.get("".join(flags.model.partition(":")[:2]), kind)
+    wanted = "square images" if {"channels", "size"} & plugins.takes(target) else usual
     if wanted != kind and kind not in FITS.get(wanted, ()):
         fitting = next((name for name, takes in WANTED.items() if takes == kind), None)
         if flags.model != type(flags)().model or fitting is None:
@@ -202,6 +204,12 @@ def _model(flags: F, tasks: Task, outputs: int) -> tuple[F, nn.Module]:
         flags = replace(flags, model=fitting)
         target = plugins.resolve(fitting, "models")
     made = network(flags.model, given, flags.model_args)
+    reads: Tokens | None = getattr(made, "tokens", None)
+    if reads and tokens and reads.vocabulary != tokens.vocabulary:
+        raise UserError(
+            f"--model {flags.model} reads numbers by {reads.made_by}, but these tasks have others, by {tokens.made_by}; use "
+            f"that tokenizer, as in --sampler clinc150-wordpieces --sampler.tokenizer {flags.model.partition(':')[2]}"
+        )
     if kind == "feature numbers":
         largest = max(int(batch.x.max()) for batch in tasks if isinstance(batch.x, torch.Tensor))
         tables = [module.num_embeddings for module in made.modules() if isinstance(module, nn.Embedding)]
@@ -215,8 +223,8 @@ def _model(flags: F, tasks: Task, outputs: int) -> tuple[F, nn.Module]:
 
 def network(name: str, given: dict[str, Any], pairs: Sequence[str] = ()) -> nn.Module:
     """The model of a name: a copy of the module that it stands for, or what it makes of those of the `given` things that it
-    takes (`inputs`, `outputs`, `ways`, `channels`, `size`, `seed`, `pretrained`) and its settings. One that does not take
-    `pretrained` gets the weights of that file. Raises UserError for what is no model."""
+    takes (`inputs`, `outputs`, `ways`, `channels`, `size`, `seed`, `padding`, `pretrained`) and its settings. One that does not
+    take `pretrained` gets the weights of that file. Raises UserError for what is no model."""
     target, pretrained = plugins.resolve(name, "models"), given.get("pretrained")
     if isinstance(target, nn.Module):
         return _with_weights(copy.deepcopy(target), pretrained, name)
@@ -237,30 +245,6 @@ def _with_weights(model: nn.Module, pretrained: str | None, name: str) -> nn.Mod
         load(model, read(Path(pretrained)), pretrained, f"the model {name}")
         model.pretrained_on = f"file {Path(pretrained).name}"  # type: ignore[assignment]
     return model
-
-
-def _classes(sampler: Any) -> tuple[str, ...]:
-    """The names of the classes that a sampler draws from, where it draws from a bank or is around samplers that do."""
-    inner = [getattr(sampler, "sampler", None), *getattr(sampler, "samplers", ())]
-    bank = getattr(sampler, "bank", None)
-    own = bank.names if isinstance(bank, ClassBank) else ()
-    return own + tuple(name for each in inner if each is not None for name in _classes(each))
-
-
-def _warn_of_overlap(name: str, model: nn.Module, classes: Sequence[str]) -> None:
-    """One warning where test classes are among those that the model was pretrained on, by their names; class names that are
-    numbers of WordNet, as in mini-ImageNet, are taken for ImageNet's."""
-    on, seen = getattr(model, "pretrained_on", ""), {_plain(c) for c in getattr(model, "pretrained_classes", ())}
-    both = [c for c in classes if _plain(c) in seen or ("ImageNet" in on and re.fullmatch(r"n\d{8}", c))]
-    if both:
-        log.warning(
-            "%s was pretrained on %s, where %d of the %d test classes occur (%s): they are not new to it",
-            name, on, len(both), len(classes), ", ".join(both[:3]) + ", ..." * (len(both) > 3),
-        )  # fmt: skip
-
-
-def _plain(name: str) -> str:
-    return name.lower().replace("_", " ").strip()
 
 
 def plan(flags: Flags, learner: Learner, training: TaskSampler) -> Plan:

@@ -2,11 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from toolkit.errors import UserError
+
+
+class Tokens(NamedTuple):
+    """What the numbers of texts stand for: the `vocabulary`, by a fingerprint or in words, what made them in a few words, and
+    the number of `padding`, by which short texts are filled."""
+
+    vocabulary: str
+    made_by: str
+    padding: int = 0
 
 
 @dataclass(frozen=True)
@@ -17,7 +27,8 @@ class ClassBank:
     A bank has entries: class c owns entries `first[c]` .. `first[c + 1] - 1`, so `first` has shape (classes + 1,) and dtype
     int64. Entry e is item e, or, with `rows`, item `rows[e]`; a row beyond the items counts on, row + k * len(items) being
     that item turned by k times 90 degrees. uint8 items are pixels: samplers turn them into floats in [0, 1].
-    `names` holds one name per class, `source` says in a few words what this is ("omniglot vinyals test").
+    `names` holds one name per class, `source` says in a few words what this is ("omniglot vinyals test"). `tokens` says what
+    the numbers of texts are, so that a language model is not given those of another vocabulary.
     """
 
     items: Tensor
@@ -25,6 +36,7 @@ class ClassBank:
     names: tuple[str, ...]
     source: str = "bank"
     rows: Tensor | None = None
+    tokens: Tokens | None = None
     sizes: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -64,7 +76,8 @@ class ClassBank:
         entries = torch.cat([torch.arange(int(self.first[c]), int(self.first[c + 1])) for c in index])
         first = torch.cat([torch.zeros(1, dtype=torch.int64), self.sizes[index].cumsum(0)])
         rows = entries if self.rows is None else self.rows[entries]
-        return ClassBank(self.items, first, tuple(self.names[c] for c in index), source or self.source, rows)
+        names = tuple(self.names[c] for c in index)
+        return replace(self, first=first, names=names, source=source or self.source, rows=rows)
 
     def to(self, device: torch.device | str) -> "ClassBank":
         """The same bank with its items on `device`, where tasks are then drawn and augmented."""

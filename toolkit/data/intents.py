@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from toolkit.data import wordpieces
-from toolkit.data.bank import ClassBank
-from toolkit.data.tokens import rows
+from toolkit.data.bank import ClassBank, Tokens
+from toolkit.data.tokens import HASHED, rows
+from toolkit.data.wordpieces import tokens_of
 from toolkit.errors import UserError, unknown
 
 FILE = "clinc150.json.gz"
@@ -46,7 +47,7 @@ def clinc150(
     Reads `clinc150.json.gz` in `data_root`: the paper's data_full.json with its domains.json as the entry "domains", gzipped.
     Raises UserError for an unknown split and for a file that is not there, is damaged or is another.
     """
-    return _bank(split, Path(data_root) / FILE, "", rows, (buckets, length, shortest, longest))
+    return _bank(split, Path(data_root) / FILE, HASHED, "", rows, (buckets, length, shortest, longest))
 
 
 def clinc150_wordpieces(split: str, data_root: str | Path = "data", tokenizer: str = "minilm", length: int = 24) -> ClassBank:
@@ -55,11 +56,14 @@ def clinc150_wordpieces(split: str, data_root: str | Path = "data", tokenizer: s
 
     Of MiniLM's 24 tokens, two are the ends of a text; in the test split 0.7 % of the texts have more, and lose the last.
     """
-    return _bank(split, Path(data_root) / FILE, f" in word pieces of {tokenizer}", wordpieces.rows, (tokenizer, length))
+    how = f" in word pieces of {tokenizer}"
+    return _bank(split, Path(data_root) / FILE, tokens_of(tokenizer), how, wordpieces.rows, (tokenizer, length))
 
 
 @cache
-def _bank(split: str, path: Path, how: str, rows: Callable[..., Tensor], settings: tuple[int | str, ...]) -> ClassBank:
+def _bank(
+    split: str, path: Path, tokens: Tokens | None, how: str, rows: Callable[..., Tensor], settings: tuple[int | str, ...]
+) -> ClassBank:
     """All texts of a split, as `rows` of them."""
     if split not in DOMAINS:
         raise unknown("split", split, DOMAINS)
@@ -75,7 +79,7 @@ def _bank(split: str, path: Path, how: str, rows: Callable[..., Tensor], setting
         seen.setdefault(tuple(row), i)
     kept = torch.tensor(list(seen.values()))
     ends = torch.tensor([0, *map(len, intents.values())]).cumsum(0)
-    return ClassBank(x[kept], torch.searchsorted(kept, ends), tuple(intents), f"clinc150 {split}{how}")
+    return ClassBank(x[kept], torch.searchsorted(kept, ends), tuple(intents), f"clinc150 {split}{how}", tokens=tokens)
 
 
 @cache

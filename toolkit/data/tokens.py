@@ -8,8 +8,10 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
+from toolkit.data.bank import Tokens
 from toolkit.errors import UserError
 
+HASHED = Tokens("words and n-grams, hashed", "hashing words and n-grams")
 WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 

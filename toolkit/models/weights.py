@@ -27,6 +27,7 @@ IMAGENET = "ImageNet"
 WRAPPERS = ("state_dict", "model", "model_state_dict")  # where trainers put the weights beside other things
 # torchvision's first densenets, whose layers were called "norm.1" when a name might hold a dot.
 OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
+CHECKSUM = re.compile(r"-([0-9a-f]{8,})\.\w+$")  # what torchvision's names end in
 MISMATCH = re.compile(
     r"size mismatch for (\S+): copying a param with shape torch\.Size\(\[(.*?)\]\) from checkpoint, the shape in current model "
     r"is torch\.Size\(\[(.*?)\]\)"
@@ -125,7 +126,7 @@ def fetched(url: str, what: str) -> Mapping[str, Tensor]:
     """The state dict behind `url`, kept in torch hub's folder, its checksum compared with the one in its name. Raises UserError
     where it cannot be fetched, saying which file to put where, and for a file of another checksum."""
     file = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
-    named = re.search(r"-([0-9a-f]{8,})\.", file.name)
+    named = CHECKSUM.search(file.name)
     if file.exists() and named and not _sha256(file).startswith(named[1]):
         raise UserError(f"{file} is damaged: its SHA-256 does not begin with {named[1]}; delete it and try again")
     try:
@@ -137,6 +138,12 @@ def fetched(url: str, what: str) -> Mapping[str, Tensor]:
             f"the weights of {what} cannot be fetched ({' '.join(str(error).split())}); put {file.name} from {url} into "
             f"{file.parent}, or give it as --pretrained FILE"
         ) from None
+
+
+def is_behind(url: str, file: Path) -> bool:
+    """Whether a file, whatever it is called, is the one behind a `url` whose name ends in its checksum."""
+    named = CHECKSUM.search(url)
+    return named is not None and file.is_file() and _sha256(file).startswith(named[1])
 
 
 def refuse_unreachable(repository: str, what: str) -> None:

@@ -20,7 +20,17 @@ from torch.func import functional_call
 from toolkit.errors import UserError, unknown
 from toolkit.models.headed import Headed as Headed  # language models take it from here
 from toolkit.models.headed import Prepare, new_head
-from toolkit.models.weights import Source, fetched, load, read, refuse_unreachable, timm_source, torchvision_source, whole
+from toolkit.models.weights import (
+    Source,
+    fetched,
+    is_behind,
+    load,
+    read,
+    refuse_unreachable,
+    timm_source,
+    torchvision_source,
+    whole,
+)
 
 log = logging.getLogger("toolkit")
 NORMALISE = ("auto", "yes", "no")
@@ -90,21 +100,24 @@ def torchvision_model(
 
     `pretrained` is "default" (torchvision's default weights, by torch hub) or a file (`weights.read`). Images are then
     normalised by the mean and deviation that the library states, for a file with the name of one of its own those of that one;
-    `normalise` "yes" does so in any case, "no" in none, and "auto" not for a checkpoint of a run.
+    a file is known for one of its own, and for the classes behind it, by its checksum. `normalise` "yes" does so in any case,
+    "no" in none, and "auto" not for a checkpoint of a run.
 
     Raises UserError for an unknown name, for images that the model does not take, for a model that does not end in one linear
     layer, and for weights that cannot be had or do not fit.
     """
     wanted = Wanted(f"tv:{name}", True, outputs, channels, size, seed, pretrained, resize, normalise)
     models = _library("torchvision.models", "torchvision")
-    if name not in (known := models.list_models(module=models)):
-        raise _unknown("torchvision", name, known)
+    if name not in (all_of_them := models.list_models(module=models)):
+        raise _unknown("torchvision", name, all_of_them)
     if name in AUXILIARY:
         raise UserError(f"tv:{name} has several classifiers, and one loss cannot train them all; use another, as tv:resnet18")
     wanted.check()
     entries = list(models.get_model_weights(name))
-    named = [entry for entry in entries if pretrained and entry.url.rpartition("/")[2] == Path(pretrained).name]
-    entry = named[0] if named else models.get_model_weights(name).DEFAULT
+    file = None if pretrained in (None, "default") else Path(str(pretrained))
+    known = [entry for entry in entries if file and is_behind(entry.url, file)]
+    named = [entry for entry in entries if file and entry.url.rpartition("/")[2] == file.name]
+    entry = next(iter(known + named), models.get_model_weights(name).DEFAULT)
     made_for = _made_for(wanted, name, entry.transforms().crop_size[0])
 
     body = _built(seed, lambda: models.get_model(name, weights=None, **{**made_for, **settings}))
@@ -115,7 +128,7 @@ def torchvision_model(
     for module in body.modules():
         if type(module).__name__ == "StochasticDepth":
             module.p = 0.0  # type: ignore[assignment]
-    source = torchvision_source(entry, known=bool(named) or pretrained == "default")
+    source = torchvision_source(entry, known=bool(known) or pretrained == "default")
     return _headed(wanted, body, (last,), source, lambda: fetched(entry.url, wanted.what))
 
 
@@ -215,8 +228,12 @@ def _headed(
         if tensors:
             load(model, tensors, str(file or about), wanted.what, classifiers)
         model.pretrained_on = f"file {file.name}{f': {about}' * bool(model.pretrained_classes)}" if file else about
+        unknown_to_us = (
+            "" if model.pretrained_classes else "; which classes it was trained on is not known, so none is warned of"
+        )
         shown = f"mean {_numbers(numbers[0])} and deviation {_numbers(numbers[1])}" if numbers else "nothing"
-        log.info("%s starts from weights of %s; images are normalised by %s", wanted.what, model.pretrained_on, shown)
+        said = "%s starts from weights of %s; images are normalised by %s%s"
+        log.info(said, wanted.what, model.pretrained_on, shown, silent)
     return model
 
 
