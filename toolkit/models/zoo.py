@@ -228,9 +228,7 @@ def _headed(
         if tensors:
             load(model, tensors, str(file or about), wanted.what, classifiers)
         model.pretrained_on = f"file {file.name}{f': {about}' * bool(model.pretrained_classes)}" if file else about
-        unknown_to_us = (
-            "" if model.pretrained_classes else "; which classes it was trained on is not known, so none is warned of"
-        )
+        silent = "" if model.pretrained_classes else "; which classes it was trained on is not known, so none is warned of"
         shown = f"mean {_numbers(numbers[0])} and deviation {_numbers(numbers[1])}" if numbers else "nothing"
         said = "%s starts from weights of %s; images are normalised by %s%s"
         log.info(said, wanted.what, model.pretrained_on, shown, silent)
