@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from tests.conftest import convolutional, named, relative, stirred, task_batch
 from toolkit import Batch, Learner, Meta, UserError, algorithms, files
@@ -245,6 +246,21 @@ def test_a_merged_module_predicts_as_the_learner_does(policy: str, plain: bool) 
     assert all(torch.equal(*pair) for pair in before)
     module.train()(query.x)
     assert all(torch.equal(t, state[name]) for name, t in learner.model.state_dict().items())
+
+
+def test_weights_that_a_layer_makes_of_others_are_merged() -> None:
+    """As weight norm does; the learner's own layer stays as it is."""
+    torch.manual_seed(1)
+    model = lora(
+        named(body=parametrizations.weight_norm(nn.Linear(3, 4)), head=nn.Linear(4, 2)).double(), 2, "body", peft=False
+    )
+    learner = algorithms.maml(model, inner_lr=0.3, inner_steps=2, adapts=("*lora_*", "head.*"))
+    meta, (support, query) = stirred(learner), take(task_batch(1), 0)
+    fast = adapt(learner, meta, support)
+    expected = replace(learner, training=False).predict(meta, fast, query.x)
+    module = merged(learner, meta, fast)
+    assert type(module.body) is nn.Linear and relative(module(query.x), expected) < 1e-12
+    assert relative(replace(learner, training=False).predict(meta, fast, query.x), expected) == 0
 
 
 def other(name: str, **more: Any) -> Callable[[], Learner]:

@@ -3,20 +3,23 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import toolkit
 from experiments import omniglot, quickstart, sinusoid
-from toolkit import UserError, evaluate, parts
-from toolkit.again import differences, evaluated, repeated, shown
+from toolkit import UserError, draw, evaluate, parts
+from toolkit.again import differences, evaluated, opened, repeated, shown
 from toolkit.flags import EpisodeFlags, Flags
 from toolkit.plots import figures
 from toolkit.plots.save import save
 from toolkit.runs import checkpoint
 from toolkit.runs.folder import Run, write_json
+from toolkit.task import take
 
 SHORT: dict[str, Any] = {
     "iterations": 4, "validate_every": 2, "tasks": 3, "val_tasks": 4, "eval_tasks": 5, "eval_steps": 2, "compile": False,
@@ -129,6 +132,20 @@ def test_an_evaluation_that_fails_costs_nothing(
     with pytest.raises(UserError, match="no memory"):
         evaluated(run, ["--overwrite"])
     assert Run(folder).summary == summary and [*folder.parent.iterdir()] == [folder]
+
+
+def test_a_run_is_opened_to_adapt_to_other_tasks_and_keep_them(finished: Callable[..., Run], tmp_path: Path) -> None:
+    run = finished(tmp_path)
+    _, learner, weights, tasks = opened(run)
+    task = take(draw(tasks.test, 1, 0, 0, "test"), 0)
+    fast = toolkit.adapted.adapt(learner, weights, task.support, run.curve.steps)
+    score = replace(learner, training=False).assess(weights, fast, task)
+    assert float(score.loss) == pytest.approx(float(run.curve.loss[0, -1]), rel=1e-5)
+    base = toolkit.adapted.fingerprint(learner, weights)
+    toolkit.adapted.save(tmp_path / "kept", {"first": fast}, base)
+    _, learner, weights, _ = opened(run, ["--eval-seed", "3"])
+    again = toolkit.adapted.load(tmp_path / "kept", "first", toolkit.adapted.fingerprint(learner, weights))
+    assert all(torch.equal(again[name], fast[name]) for name in fast)
 
 
 def test_regression_is_tested_again(finished: Callable[..., Run], tmp_path: Path) -> None:

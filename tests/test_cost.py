@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -177,6 +177,35 @@ def test_shapes_alone_tell_the_operations_of_evaluation(case: str) -> None:
         predictions = (counted[0] - start) * steps
         assert seen.operations == counted[-1] - predictions
     assert cost.of_adapting(learner, task, steps).operations == seen.operations, "statistics count by their shapes"
+
+
+MANY: dict[str, Callable[[], Learner]] = {
+    "maml": lambda: algorithms.maml(perceptron(3, 4, 2), inner_steps=11),
+    "fomaml": lambda: algorithms.fomaml(perceptron(3, 4, 2), inner_steps=11),
+    "imaml": lambda: algorithms.imaml(perceptron(3, 4, 2), inner_steps=11),
+    "anil": lambda: algorithms.anil(named(body=nn.Linear(3, 4), head=nn.Linear(4, 2)).float(), inner_steps=11),
+    "rates of each step": lambda: algorithms.maml_plus_plus(perceptron(3, 4, 2), inner_steps=11),
+    "some steps": lambda: algorithms.maml(perceptron(3, 4, 2), inner_steps=11, order="truncated:3"),
+    "minibatches": lambda: algorithms.maml(perceptron(3, 4, 2), inner_steps=11, inner_batch=3),
+}
+
+
+@pytest.mark.parametrize("case", MANY)
+@pytest.mark.parametrize("memory", ["unroll", "recompute"])
+def test_of_many_steps_a_few_tell_the_operations_of_all(case: str, memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner, task = MANY[case](), episode()
+    traced, walked = list[int](), cost._traced
+
+    def watched(own: Learner, *rest: Any) -> cost.Seen:
+        traced.append(own.steps)
+        return walked(own, *rest)
+
+    monkeypatch.setattr(cost, "_traced", watched)
+    assert cost.operations(learner, task, memory, 3) == 3 * cost.of_meta_gradient(learner, task, memory).operations
+    all_steps = case in ("rates of each step", "some steps", "minibatches")
+    assert (11 in traced[:-1]) == all_steps, "the last is the whole count of this test"
+    meta = calibrate(learner, learner.init(), lambda generator: task, tasks=2)
+    assert cost.adapting_operations(learner, task, 14, meta) == cost.of_adapting(learner, task, 14, meta).operations
 
 
 def test_nothing_is_computed_and_nothing_is_changed() -> None:
@@ -381,7 +410,7 @@ def test_older_runs_are_read_as_before(tmp_path: Path) -> None:
         del data["cost"][key]
     (folder / "summary.json").write_text(json.dumps(data))
     old = Run(folder)
-    assert "cost:" not in table(old.summary)
+    assert table(old.summary).splitlines()[-1] == f"cost: {data['cost']['peak_mb']:,.0f} MB at most"
     assert "maml" in tables.markdown(tables.of_runs([old])) and rows({"maml": [old]})[0]["method"] == "maml"
     write_report([old], tmp_path / "report.html")
     assert "maml" in (tmp_path / "report.html").read_text()

@@ -279,6 +279,12 @@ def test_a_model_that_cannot_be_mapped_is_trained_and_tested_one_by_one(tmp_path
     assert record.summary["plan"]["map"] == "loop" and len(record.curve.metric) == flags.eval_tasks
 
 
+def test_a_model_that_vmap_cannot_map_is_a_sentence_where_vmap_was_asked_for(tmp_path: Path) -> None:
+    learner = replace(regression(), model=Counting())
+    with pytest.raises(UserError, match=r"the tasks cannot be mapped by vmap with this model \(.*\); use --map loop$"):
+        run(config(tmp_path / "run", iterations=2, map="vmap"), "sinusoid", learner, TRAINING, VALIDATION, TEST)
+
+
 def test_a_logger_that_cannot_be_made_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     flags = config(tmp_path / "run", iterations=1, logger=("tensorboard",))

@@ -1,5 +1,6 @@
 """What adapts, what is frozen and what is put into a model, as the flags say it."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -58,6 +59,17 @@ def test_what_patterns_and_words_mean(patterns: str) -> None:
     still = learner_of(freeze=patterns)
     assert set(still.init().params) == set(dict(network().named_parameters())) - MEANT[patterns]
     assert set(chosen(network(), "base")) == set(dict(network().named_parameters())) - HEAD
+
+
+def test_a_part_of_a_name_is_named_by_its_beginning(caplog: pytest.LogCaptureFixture) -> None:
+    """Where no whole name matches: what one writes who knows the parts but not where they stand."""
+    caplog.set_level(logging.INFO, "toolkit")
+    low = learner_of(lora=2, adapts="lora_")
+    assert low.adapted_names == learner_of(lora=2, adapts="lora").adapted_names
+    assert "--adapts lora_ is taken for what a part of a name begins with: up.lora_A.weight" in caplog.text
+    caplog.clear()
+    assert set(chosen(network(), "bn*")) == {"bn.weight", "bn.bias"} and not caplog.records, "of whole names"
+    assert set(chosen(network(), "weigh")) == {n for n, _ in network().named_parameters() if n.endswith("weight")}
 
 
 def test_words_in_a_model_with_adapters_and_prompts() -> None:
@@ -183,6 +195,7 @@ SAID: dict[str, tuple[dict[str, Any], str]] = {
     "too many blocks": ({"freeze": "last:4"}, rf"^--freeze last:4: {BLOCKS}"),
     "no number": ({"adapts": "last:two"}, rf"^--adapts last:two: {BLOCKS}"),
     "rank 0": ({"lora": 0}, "^adapters of rank 0; give rank 1 or more$"),
+    "rank above all": ({"lora": 900}, r"^--lora 900: no layer that gets adapters has a rank above \d+; give at most that$"),
     "no rank": ({"lora_layers": "up"}, "^--lora-layers up says where adapters go, but there are none; add --lora and their"),
     "no such layers": (
         {"lora": 2, "lora_layers": "up,dwon"},

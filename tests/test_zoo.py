@@ -503,6 +503,27 @@ def test_any_model_takes_a_file_of_its_own_names(tmp_path: Path) -> None:
     assert relative(made.state_dict(), wanted.state_dict()) == 0 and made.pretrained_on == "file w.pth"  # type: ignore[comparison-overlap]
 
 
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "_orig_mod.module."])
+def test_what_ddp_and_compile_put_before_names_is_taken_off(wrapper: str, tmp_path: Path) -> None:
+    state = network("conv4", GIVEN | {"seed": 8}).state_dict()
+    file = written(tmp_path / "w.pth", {f"{wrapper}{name}": tensor for name, tensor in state.items()})
+    assert relative(network("conv4", GIVEN | {"pretrained": file}).state_dict(), state) == 0
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_checkpoint_of_a_run_of_timm_without_weights_comes_back(channels: int, tmp_path: Path) -> None:
+    """Its model was built for these channels, where one that starts from weights is built for colour."""
+    pytest.importorskip("timm")
+    first = timm_model("test_vit", 5, channels, 32, seed=3, depth=1)
+    file = written(tmp_path / "weights.safetensors", flatten(algorithms.maml(first, inner_lr=0.1).init()))
+    again = timm_model("test_vit", 5, channels, 32, seed=4, pretrained=file, depth=1)
+    x = images(channels)
+    assert torch.equal(again.eval()(x), first.eval()(x))
+    with pytest.raises(UserError, match="does not fit timm:test_vit"):
+        other = written(tmp_path / "other.safetensors", {"w": torch.zeros(2)})
+        timm_model("test_vit", 5, 1, 32, pretrained=other, depth=1)
+
+
 def test_a_checkpoint_holds_tied_weights_by_one_of_their_names(tmp_path: Path) -> None:
     torch.manual_seed(8)
     wanted, made = Tied(), Tied()
@@ -551,6 +572,7 @@ TIMM: dict[str, tuple[Callable[[], object], str]] = {
     "tag": (lambda: timm_model("test_resnet.mine", 5, 3, 32), r"no weights 'test_resnet\.mine'; it has test_resnet\.r160"),
     "patches": (lambda: timm_model("test_vit", 5, 1, 28), r"multiple of 16, and these have 28 pixels; add --model\.resize 32"),
     "fixed": (lambda: timm_model("test_maxvit", 5, 3, 28), r"timm:test_maxvit .*--model\.resize \d"),
+    "outputs": (lambda: timm_model("test_vit", 5, 3, 32, num_classes=7), r"num_classes follows .*; leave --model\.num_classes"),
     "channels": (lambda: timm_model("test_vit", 5, 4, 32, pretrained="w.pth"), "takes images of 3 channels"),
     "no file": (lambda: timm_model("test_vit", 5, 3, 32, pretrained="gone.pth"), r"there is no file gone\.pth"),
 }  # fmt: skip

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from toolkit import algorithms, plugins
+    from toolkit import adapted, algorithms, plugins
     from toolkit.choose import choose
     from toolkit.curve import Curve
     from toolkit.engine import Metrics, meta_gradient
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Batch", "Curve", "Learner", "Meta", "Metrics", "Outer", "Plan", "Record", "State", "Task", "TaskSampler", "UserError",
-    "algorithms", "calibrate", "check_sampler", "choose", "draw", "evaluate", "meta_gradient", "plugins", "train",
+    "adapted", "algorithms", "calibrate", "check_sampler", "choose", "draw", "evaluate", "meta_gradient", "plugins", "train",
 ]  # fmt: skip
 
 # Where each name is at home. They are imported when they are first used, so that `toolkit --help` does not wait for torch.

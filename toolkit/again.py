@@ -72,6 +72,16 @@ def flags_of(run: Run, words: Sequence[str] = (), about: str = "") -> Flags:
     return flags
 
 
+def opened(run: Run, words: Sequence[str] = (), about: str = "") -> tuple[Flags, Learner, Meta, parts.Tasks]:
+    """The flags of a run, changed by the words of a command line; its learner, with the weights that were chosen on validation
+    tasks; and its tasks. So a new task is adapted to by `adapted.adapt(learner, weights, support)`, and kept by
+    `adapted.save`. Raises UserError as `flags_of`, for a run without a checkpoint, and for tasks that it does not fit."""
+    flags = checked(flags_of(run, words, about))
+    flags, learner, tasks = parts.assemble(_as_trained(flags, flags_of(run, _code(words))))
+    learner = experiment.on_device(flags.device, learner)
+    return flags, learner, _fitting(run, learner), tasks
+
+
 def evaluated(run: Run, words: Sequence[str]) -> tuple[Path, dict[str, Any]]:
     """Tests a run's chosen weights on the tasks that the words ask for, as `toolkit evaluate`, and writes that as a run folder:
     by default in `evaluations/` of the run. Returns the folder and its summary.
@@ -189,11 +199,8 @@ def shown(run: Run, index: int, words: Sequence[str], path: bool = False, gif: b
     Returns the files."""
     if index < 0:
         raise UserError(f"task {index} is none; tasks are numbered from 0")
-    flags = checked(flags_of(run, words, shown.__doc__ or ""))
-    place = flags.out or run.path
-    flags, learner, tasks = parts.assemble(_as_trained(flags, flags_of(run, _code(words))))
-    learner = experiment.on_device(flags.device, learner)
-    weights, steps = _fitting(run, learner), max(flags.eval_steps, learner.steps)
+    flags, learner, weights, tasks = opened(run, words, shown.__doc__ or "")
+    place, steps = flags.out or run.path, max(flags.eval_steps, learner.steps)
     tensors = example(flags, learner, weights, tasks.test, index)
     if not tensors:
         raise UserError(f"the tasks of {run.path} have inputs of several parts, of which there is no picture")
@@ -202,11 +209,11 @@ def shown(run: Run, index: int, words: Sequence[str], path: bool = False, gif: b
     from toolkit.plots.landscape import landscape as drawn
     from toolkit.plots.save import save
 
-    opened, source = Run(run.path), f"{flags.sampler}, task {index}"
+    pictured, source = Run(run.path), f"{flags.sampler}, task {index}"
     title = f"{learner.name} on {source}"
     # In place of those of the folder, which are of task 0.
-    opened.__dict__.update(example=tensors, result=run.result | {"sampler": source})
-    made = {f"task-{index}": figures.example(opened)}
+    pictured.__dict__.update(example=tensors, result=run.result | {"sampler": source})
+    made = {f"task-{index}": figures.example(pictured)}
     if path:
         task = move(take(draw(tasks.test, 1, flags.eval_seed, index, "test"), 0), flags.device)
         try:

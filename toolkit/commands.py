@@ -1,6 +1,7 @@
 """What each command of `toolkit` does: a function of its arguments that prints and returns an exit code."""
 
 import argparse
+import math
 import shutil
 import sys
 import textwrap
@@ -99,6 +100,8 @@ def plan(arguments: argparse.Namespace) -> int:
 
     about = "Predicts what a meta-gradient costs by each plan, from a few pieces of the batch, and measures it."
     flags = checked(tyro.cli(EpisodeFlags, args=arguments.flags, prog="toolkit plan", description=about))
+    if arguments.rate is not None and not 0 < arguments.rate < math.inf:
+        raise UserError(f"--flops-per-second is {arguments.rate}; give a positive number, such as 1e12")
     if arguments.predict:
         return _predicted(arguments, flags)
     for flag, value in (("inputs", arguments.inputs), ("numbers", arguments.numbers), ("flops-per-second", arguments.rate)):

@@ -23,12 +23,14 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from toolkit.engine import exact_attention, gradient_function
+from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta
 from toolkit.plan import Plan
 from toolkit.prefix import features, shortened, with_features
 from toolkit.task import Task
 
 log = logging.getLogger("toolkit")
+MANY = 6  # inner steps, after which each takes as many operations as the one before
 Memory = Literal["unroll", "recompute"]
 
 
@@ -132,14 +134,36 @@ def of_adapting(learner: Learner, task: Task, steps: int, meta: Meta | None = No
 def operations(learner: Learner, task: Task, memory: Memory, tasks: int = 1) -> int | None:
     """The operations of the meta-gradient of so many tasks like this one, counted for one of them: from shapes, of a real one
     where shapes do not tell, None where that fails too."""
-    one = _counted(learner, task, None, lambda own, task, meta: _traced(own, task, meta, memory))
+
+    def counted(steps: int) -> int | None:
+        few = learner if steps == learner.steps else replace(learner, steps=steps)
+        return _counted(few, task, None, lambda own, task, meta: _traced(own, task, meta, memory))
+
+    one = _along(counted, learner, learner.steps)
     return None if one is None else tasks * one
 
 
 def adapting_operations(learner: Learner, task: Task, steps: int, meta: Meta | None = None) -> int | None:
     """The same of adapting to one test task and predicting its query set."""
     judged = replace(learner, training=False)
-    return _counted(judged, task, meta, lambda own, task, meta: _adapted(own, task, meta, steps))
+
+    def counted(steps: int) -> int | None:
+        return _counted(judged, task, meta, lambda own, task, meta: _adapted(own, task, meta, steps))
+
+    return _along(counted, judged, steps)
+
+
+def _along(counted: Callable[[int], int | None], learner: Learner, steps: int) -> int | None:
+    """The operations of `steps` inner steps. Of many that are alike, a few tell those of all."""
+    alike = learner.order in (None, 0) and learner.batch is None and not learner.phases
+    if alike and steps > MANY + 1:
+        try:
+            first, second = counted(MANY), counted(MANY + 1)
+        except UserError:  # such as weights or rates for each step, which fit their number alone
+            first = second = None
+        if first is not None and second is not None:
+            return first + (steps - MANY) * (second - first)
+    return counted(steps)
 
 
 def _counted(learner: Learner, task: Task, meta: Meta | None, work: Callable[[Learner, Task, Meta], Seen]) -> int | None:

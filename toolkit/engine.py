@@ -123,15 +123,14 @@ def _laid_out_like(leaf: Tensor, slope: Tensor) -> Tensor:
     return slope if slope.stride() == leaf.stride() else torch.empty_like(leaf).copy_(slope)
 
 
-def refuse_random(learner: Learner, plan: Plan, tasks: Task) -> bool:
-    """Whether the model draws random numbers. Raises UserError where the plan cannot repeat them."""
-    random = learner.observe(take(tasks, 0).support.x).random
-    if random and (plan.map == "threads" or plan.memory == "recompute" or plan.records):
+def refuse_random(learner: Learner, plan: Plan, tasks: Task) -> None:
+    """Raises UserError for a model that draws random numbers where the plan cannot repeat them."""
+    cannot = plan.map == "threads" or plan.memory == "recompute" or plan.records
+    if cannot and learner.observe(take(tasks, 0).support.x).random:
         raise UserError(
             "the model draws random numbers (dropout?), which threads, recompute and recorded or compiled code cannot repeat; "
             "use map 'vmap' or 'loop' with memory 'unroll', no trace and no compile"
         )
-    return random
 
 
 def _check_batch(tasks: Task) -> None:

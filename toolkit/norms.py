@@ -29,11 +29,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from toolkit import kernels
 from toolkit.errors import UserError, unknown
+from toolkit.modules import listed
 
 log = logging.getLogger("toolkit")
+_warned = WeakIdKeyDictionary()  # statistics that a warning was given of: copies of a learner share them
 POLICIES = ("batch", "support", "running", "per_step", "per_step_batch")
 TRANSDUCTIVE = ("batch", "per_step_batch")
 
@@ -165,15 +168,20 @@ def check_policy(model: nn.Module, policy: str) -> None:
     """Raises UserError for an unknown policy, and when it needs running statistics that a module does not keep."""
     if policy not in POLICIES:
         raise unknown("batch-norm policy", policy, POLICIES)
-    for name, module in model.named_modules():
-        if policy not in ("running", "per_step") or not isinstance(module, _BatchNorm):
-            continue
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    if policy not in ("running", "per_step") or not norms:
+        return
+    for name, module in norms.items():
         if module.running_mean is None:
             raise UserError(f"batch norm {name!r} keeps no running statistics; use the policy 'batch' or 'support'")
-        if policy == "running" and module.num_batches_tracked == 0:
-            log.warning(
-                "batch norm %r has never been trained: its running mean is 0 and its variance 1, and will stay so", name
-            )
+    if policy == "per_step":
+        return
+    new = {name: module.running_mean for name, module in norms.items() if module.num_batches_tracked == 0}
+    if not all(mean in _warned for mean in new.values()):
+        _warned.update(dict.fromkeys(new.values(), True))
+        log.warning(
+            "batch norm %s has never been trained: its running mean is 0 and its variance 1, and will stay so", listed(new)
+        )
 
 
 def batch_norms(model: nn.Module) -> tuple[str, ...]:

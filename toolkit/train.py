@@ -16,7 +16,7 @@ from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta
 from toolkit.plan import Plan, default_plan, ordered, out_of_memory
 from toolkit.sharded import masters, publish, restored
-from toolkit.task import Task, TaskSampler, count, draw, move, stream_seed
+from toolkit.task import Task, TaskSampler, count, draw, move, stream_seed, take
 
 log = logging.getLogger("toolkit")
 Gradient = Callable[[Learner, Plan], GradientFunction]
@@ -92,7 +92,8 @@ def shared(learner: Learner, plan: Plan, tasks: int, group: Group, sample: Task)
     UserError where the group cannot share so few, or the plan or the group cannot repeat what is drawn. `sample` are some
     tasks."""
     part = group.part(tasks, plan.size(tasks) if group.ordered else 1)
-    random = refuse_random(learner, plan, sample)
+    refuse_random(learner, plan, sample)
+    random = learner.observe(take(sample, 0).support.x).random
     if random and group.ordered:
         raise UserError("the model draws random numbers (dropout?), whose order is not that of the tasks; use --reduce fast")
     return part, random
@@ -157,6 +158,9 @@ def _within_memory(
             return gradient(learner, plan)(meta, batch, share), plan
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
+                if "vmap" in (said := str(error)) and plan.map != "loop":
+                    line = next(iter(said.strip().splitlines()))
+                    raise UserError(f"the tasks cannot be mapped by vmap with this model ({line}); use --map loop") from error
                 raise
             smaller = plan.smaller(count(batch))
             if smaller is None:

@@ -1,7 +1,8 @@
 """What the flags of an experiment say of a model and of one method: adapters put in, what is frozen, what adapts, and settings
 that only this method has.
 
-What adapts and what is frozen is named by patterns with commas between them: names of parameters, with * for any letters, or
+What adapts and what is frozen is named by patterns with commas between them: names of parameters, with * for any letters, what
+a part of a name between dots begins with (lora_, norm*) where that matches no whole name, or
 
     head     the last linear layer            norm     all of the normalisation layers      lora     low-rank adapters
     base     all but head, adapters, prompts  bias     every bias                           prompt   prompts
@@ -9,6 +10,7 @@ What adapts and what is frozen is named by patterns with commas between them: na
 """
 
 import copy
+import logging
 from collections.abc import Sequence
 from inspect import signature
 from typing import Any
@@ -20,6 +22,8 @@ from toolkit.errors import UserError
 from toolkit.models.surgery import able, lora, prompted
 from toolkit.modules import blocks, listed, select
 from toolkit.tree import Selection, matches
+
+log = logging.getLogger("toolkit")
 
 # Methods that are what they are by what adapts, and what that is.
 FIXED = {
@@ -64,7 +68,11 @@ def tuned(
     if rank is None and layers != "*":
         raise UserError(f"--lora-layers {layers} says where adapters go, but there are none; add --lora and their rank")
     if rank is not None:
-        model = lora(model, rank, _layers(model, layers, head), peft=False, seed=seed)
+        names = _layers(model, layers, head)
+        widest = max(min(_sides(model.get_submodule(name))) for name in names)
+        if rank > widest:
+            raise UserError(f"--lora {rank}: no layer that gets adapters has a rank above {widest}; give at most that")
+        model = lora(model, rank, names, peft=False, seed=seed)
     if prompts is not None:
         model = prompted(model, prompts, seed)
     if freeze is not None:
@@ -109,6 +117,13 @@ def _meant(model: nn.Module, word: str, head: str, flag: str) -> Selection:
     if word in WORDS:
         return {"head": own[0], "lora": own[1], "prompt": own[2], "bias": "*bias"}[word]
     if not word.startswith("last:"):
+        names = [name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
+        if not any(matches(name, word) for name in names):
+            # "lora_" and "norm*" name parts of names: what a part begins with.
+            begun = (f"{word}*", f"*.{word}*")
+            if inner := [name for name in names if matches(name, begun)]:
+                log.info("%s %s is taken for what a part of a name begins with: %s", flag, word, listed(inner))
+                return lambda name: matches(name, begun)
         return word
     known = [name for name in blocks(model) if not matches(f"{name}.", own[0])]
     count = word.removeprefix("last:")
@@ -131,6 +146,13 @@ def _layers(model: nn.Module, layers: str, head: str) -> tuple[str, ...]:
         if not any(matches(name, pattern) for name in names):
             raise UserError(f"--lora-layers {pattern} matches no layer that can have adapters; the model has {listed(names)}")
     return tuple(name for name in names if matches(name, patterns))
+
+
+def _sides(layer: Any) -> tuple[int, int]:
+    """Of the matrix that a layer multiplies by, height and width."""
+    if isinstance(layer, nn.MultiheadAttention):
+        return 3 * layer.embed_dim, layer.embed_dim
+    return layer.weight.shape[0], layer.weight[0].numel()
 
 
 def settings(name: str, pairs: Sequence[str]) -> dict[str, Any]:

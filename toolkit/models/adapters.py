@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils import parametrize
 
 from toolkit.modules import copy_modules
 
@@ -134,9 +135,22 @@ def fold(model: nn.Module) -> nn.Module:
             weight = sum((module.get_delta_weight(a) for a in module.active_adapters), layer.weight)  # type: ignore
         else:
             continue
+        if parametrize.is_parametrized(layer):
+            _settle(layer)
         old: nn.Parameter = getattr(layer, which)
         setattr(layer, which, nn.Parameter(weight.detach(), requires_grad=old.requires_grad))
         if not name:
             return layer  # type: ignore[no-any-return]
         result.set_submodule(name, layer)
     return result
+
+
+def _settle(layer: Any) -> None:
+    """Gives a layer the weights that it makes of others each time, as by weight norm, for its own. (torch's way to do so takes
+    them from all copies of the layer, which have their class in common.)"""
+    made = {name: getattr(layer, name).detach() for name in layer.parametrizations}
+    trained = any(p.requires_grad for p in layer.parametrizations.parameters())
+    layer.__class__ = parametrize.type_before_parametrizations(layer)
+    del layer.parametrizations
+    for name, tensor in made.items():
+        layer.register_parameter(name, nn.Parameter(tensor, requires_grad=trained))

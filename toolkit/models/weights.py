@@ -25,6 +25,7 @@ log = logging.getLogger("toolkit")
 KINDS = (".safetensors", ".pt", ".pth")
 IMAGENET = "ImageNet"
 WRAPPERS = ("state_dict", "model", "model_state_dict")  # where trainers put the weights beside other things
+WRAPPED = ("_orig_mod.", "module.")  # what torch.compile and DDP put before every name
 # torchvision's first densenets, whose layers were called "norm.1" when a name might hold a dot.
 OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
 CHECKSUM = re.compile(r"-([0-9a-f]{8,})\.\w+$")  # what torchvision's names end in
@@ -63,6 +64,8 @@ def read(path: Path) -> dict[str, Tensor]:
     if not isinstance(found, dict) or not found or not all(isinstance(tensor, Tensor) for tensor in found.values()):
         held = ", ".join(map(str, list(found)[:3])) if isinstance(found, dict) and found else type(found).__name__
         raise UserError(f"{path} does not hold tensors by name alone (it holds {held}); save a state dict")
+    for wrapper in WRAPPED:
+        found = under(wrapper, found) if all(name.startswith(wrapper) for name in found) else found
     return under("params/", found) or found
 
 

@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -18,19 +19,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from toolkit.errors import UserError, unknown
+from toolkit.models import weights as files
 from toolkit.models.headed import Headed as Headed  # language models take it from here
 from toolkit.models.headed import Prepare, new_head
-from toolkit.models.weights import (
-    Source,
-    fetched,
-    is_behind,
-    load,
-    read,
-    refuse_unreachable,
-    timm_source,
-    torchvision_source,
-    whole,
-)
+from toolkit.models.weights import Source, load, read, timm_source, torchvision_source, whole
 
 log = logging.getLogger("toolkit")
 NORMALISE = ("auto", "yes", "no")
@@ -55,6 +47,12 @@ class Wanted(NamedTuple):
     def seen(self) -> int:
         """How wide the images are that the library's model gets."""
         return self.resize or self.size
+
+    def refuse(self, settings: Mapping[str, Any], *decided: str) -> None:
+        """Raises UserError for settings of the library's that the tasks decide."""
+        for key in decided:
+            if key in settings:
+                raise UserError(f"{self.what}: {key} follows from the tasks and from --pretrained; leave --model.{key} out")
 
     def check(self) -> None:
         """Raises UserError for values that make no model, and for images that are neither grey nor in colour."""
@@ -113,9 +111,10 @@ def torchvision_model(
     if name in AUXILIARY:
         raise UserError(f"tv:{name} has several classifiers, and one loss cannot train them all; use another, as tv:resnet18")
     wanted.check()
+    wanted.refuse(settings, "num_classes", "weights")
     entries = list(models.get_model_weights(name))
     file = None if pretrained in (None, "default") else Path(str(pretrained))
-    known = [entry for entry in entries if file and is_behind(entry.url, file)]
+    known = [entry for entry in entries if file and files.is_behind(entry.url, file)]
     named = [entry for entry in entries if file and entry.url.rpartition("/")[2] == file.name]
     entry = next(iter(known + named), models.get_model_weights(name).DEFAULT)
     made_for = _made_for(wanted, name, entry.transforms().crop_size[0])
@@ -129,7 +128,7 @@ def torchvision_model(
         if type(module).__name__ == "StochasticDepth":
             module.p = 0.0  # type: ignore[assignment]
     source = torchvision_source(entry, known=bool(known) or pretrained == "default")
-    return _headed(wanted, body, (last,), source, lambda: fetched(entry.url, wanted.what))
+    return _headed(wanted, body, (last,), source, lambda: files.fetched(entry.url, wanted.what))
 
 
 def _made_for(wanted: Wanted, name: str, native: int) -> dict[str, Any]:
@@ -164,7 +163,19 @@ def timm_model(
     of the name's tag and fit their position table to the size. Raises UserError as that does, and without timm.
     """
     wanted = Wanted(f"timm:{name}", bool(pretrained), outputs, channels, size, seed, pretrained, resize, normalise)
-    timm = _library("timm", "timm")
+    wanted.refuse(settings, "num_classes", "in_chans", "pretrained")
+    try:
+        return _of_timm(name, wanted, settings)
+    except UserError:
+        if pretrained in (None, "default") or channels == 3:
+            raise
+        with suppress(UserError):  # the checkpoint of a run that began without weights, by a model for these channels
+            return _of_timm(name, wanted._replace(colour=False), settings)
+        raise
+
+
+def _of_timm(name: str, wanted: Wanted, settings: Mapping[str, Any]) -> Headed:
+    timm, pretrained = _library("timm", "timm"), wanted.pretrained
     if not timm.is_model(name):
         raise _unknown("timm", name, timm.list_models())
     wanted.check()
@@ -174,16 +185,16 @@ def timm_model(
     known = timm.get_pretrained_cfg(name)
     config = known.to_dict() if known else {}
     repository, native = config.get("hf_hub_id"), config.get("input_size", (3, 224, 224))[-1]
-    given: dict[str, Any] = {"num_classes": 0, "in_chans": 3 if wanted.colour else channels}
+    given: dict[str, Any] = {"num_classes": 0, "in_chans": 3 if wanted.colour else wanted.channels}
     if pretrained == "default":
         if not repository:
             raise UserError(f"timm has no weights of {name}; leave out --pretrained, or give a file")
-        refuse_unreachable(repository, wanted.what)
+        files.refuse_unreachable(repository, wanted.what)
         given["pretrained"] = True
     if config.get("fixed_input_size") and wanted.seen != native:
         given["img_size"] = wanted.seen
     try:
-        body = _built(seed, lambda: timm.create_model(name, **{**given, **settings}))
+        body = _built(wanted.seed, lambda: timm.create_model(name, **{**given, **settings}))
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         if "img_size" not in given or "img_size" in settings or pretrained == "default":
             raise

@@ -224,6 +224,8 @@ def _cost_line(cost: dict[str, Any]) -> list[str]:
     if "task_bytes" in cost:
         stored, shared = (f"{cost[key] / 1e3:,.4g} kB" for key in ("task_bytes", "model_bytes"))
         said.append(f"{stored} to store for a task beside the model's {shared}")
+    if cost.get("peak_mb"):
+        said.append(f"{cost['peak_mb']:,.0f} MB at most")
     if cost.get("joules") is not None:
         said.append(f"{cost['joules']:,.0f} J ({cost['joules_of']})")
     return [f"cost: {', '.join(said)}"] if said else []
