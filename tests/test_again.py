@@ -18,7 +18,7 @@ from toolkit.flags import EpisodeFlags, Flags
 from toolkit.plots import figures
 from toolkit.plots.save import save
 from toolkit.runs import checkpoint
-from toolkit.runs.folder import Run, write_json
+from toolkit.runs.folder import Run, config_hash, write_json
 from toolkit.task import take
 
 SHORT: dict[str, Any] = {
@@ -112,10 +112,10 @@ def test_weights_are_opened_beside_the_frozen_base_that_they_were_trained_around
             attempt()
     folder, _ = evaluated(run, ["--pretrained", "base1.pt", "--overwrite"])
     assert torch.equal(Run(folder).curve.metric, numbers), "the file may lie elsewhere"
-    for manifest in (run.path / "checkpoints").glob("*/manifest.json"):  # as versions before this wrote it
-        held = json.loads(manifest.read_text())
-        assert held.pop("frozen") and held.pop("seal")
-        manifest.write_text(json.dumps(held | {"seal": checkpoint._seal(held)}))
+    weights, state = checkpoint.load_newest(run.path / "checkpoints") or pytest.fail("no checkpoint")
+    assert state.pop("frozen")
+    shutil.rmtree(run.path / "checkpoints")  # then as versions before this wrote it
+    checkpoint.save(run.path / "checkpoints", 4, weights, state, config_hash(run.config))
     evaluated(run, ["--ways", "4"])
 
 

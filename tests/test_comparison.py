@@ -539,9 +539,9 @@ class Texts(torch.nn.Module):
     def __init__(self, ways: int) -> None:
         super().__init__()
         parts = ("query", "value")
-        blocks = [torch.nn.ModuleDict({name: torch.nn.Linear(3, 3) for name in parts}) for _ in range(6)]
+        blocks = [torch.nn.ModuleDict({name: torch.nn.Linear(9, 9) for name in parts}) for _ in range(6)]
         self.layer = torch.nn.ModuleList(torch.nn.ModuleDict({"self": block}) for block in blocks)
-        self.head = torch.nn.Linear(3, ways)
+        self.head = torch.nn.Linear(9, ways)
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -259,13 +259,13 @@ def _code(words: Sequence[str]) -> list[str]:
     return found
 
 
-def _weights(run: Run, learner: Learner) -> Meta:
-    loaded = checkpoint.load_newest(run.path / "checkpoints", config_hash(run.config), fingerprint(unlearned(learner.model)))
+def _weights(run: Run) -> tuple[Meta, dict[str, Any]]:
+    loaded = checkpoint.load_newest(run.path / "checkpoints", config_hash(run.config))
     if loaded is None:
         if "weights_of" in run.summary:
             raise UserError(f"{run.path} is an evaluation without weights; give the run, {run.summary['weights_of']}")
         raise UserError(f"{run.path} has no checkpoint, only numbers; `toolkit rerun {run.path}` makes its weights anew")
-    return loaded[0]
+    return loaded
 
 
 def _outcome(run: Run) -> Outcome:
@@ -276,7 +276,7 @@ def _outcome(run: Run) -> Outcome:
 
 def _fitting(run: Run, learner: Learner) -> Meta:
     """The run's weights as the learner has them. A head of another size will do where a method makes it of the support set."""
-    weights, own = _weights(run, learner), learner.init()
+    (weights, state), own = _weights(run), learner.init()
     wrong = [name for name, p in own.params.items() if name not in weights.params or weights.params[name].shape != p.shape]
     made = learner.start not in (inherited, zeros)
     if [name for name in wrong if not (made and name.startswith(f"{learner.head}."))]:
@@ -286,6 +286,7 @@ def _fitting(run: Run, learner: Learner) -> Meta:
             f"{run.path} does not fit these tasks: its {name} is {had}, they want {tuple(own.params[name].shape)}; give tasks "
             "of the same inputs and at most as many ways, or train a method whose head is made of the support set (protonet)"
         )
+    checkpoint.check_frozen(run.path, state, fingerprint(unlearned(learner.model)))
     device = next(iter(own.params.values())).device
 
     def placed(tree: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:

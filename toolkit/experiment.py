@@ -168,7 +168,8 @@ def _train(job: Job) -> Outcome:
     """Training with validation, checkpoints, progress and metrics; starts from the newest checkpoint if there is one."""
     flags, learner, group = job.flags, job.learner, job.group
     checkpoints = job.folder / "checkpoints"
-    best, saved = group.first(lambda: checkpoint.load_newest(checkpoints, job.identity, job.frozen)) or (learner.init(), {})
+    best, saved = group.first(lambda: checkpoint.load_newest(checkpoints, job.identity)) or (learner.init(), {})
+    checkpoint.check_frozen(job.folder, saved, job.frozen)
     # A checkpoint is read onto the CPU, and training stays on the device of its parameters.
     state = State(saved["iteration"], Meta(**move(saved["meta"], flags.device)), saved["optimizer"]) if saved else None
     selected = saved.get("selected", {})
@@ -196,8 +197,8 @@ def _train(job: Job) -> Outcome:
             journal.sync()
             content = {"selected": selected, "seconds": journal.seconds, "metrics_bytes": journal.size}
             content |= {"iteration": state.iteration, "meta": state.meta._asdict(), "optimizer": optimizer}
-            content |= {"joules": energy.joules()}
-            checkpoint.save(checkpoints, state.iteration, best, content, job.identity, job.frozen)
+            content |= {"joules": energy.joules(), "frozen": job.frozen}
+            checkpoint.save(checkpoints, state.iteration, best, content, job.identity)
 
     sizes = flags.iterations, flags.tasks, flags.meta_lr, flags.seed
     records = train(job.trainee, job.source, *sizes, job.plan, state, job.gradient, group)

@@ -27,9 +27,8 @@ KEPT = 2
 BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what reading a damaged manifest can raise
 
 
-def save(folder: Path, iteration: int, weights: Meta, state: dict[str, Any], config_hash: str, frozen: str = "") -> Path:
+def save(folder: Path, iteration: int, weights: Meta, state: dict[str, Any], config_hash: str) -> Path:
     """Writes one checkpoint, unless that of the same iteration is there and whole, and removes all but the newest two.
-    `frozen` is a hash of what the weights stand beside and the checkpoint does not hold.
 
     An error of the disk is raised, never swallowed.
     """
@@ -41,7 +40,6 @@ def save(folder: Path, iteration: int, weights: Meta, state: dict[str, Any], con
     files = {"weights.safetensors": to_bytes(tensors), "state.pt": buffer.getvalue()}
     listing = {n: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for n, data in files.items()}
     manifest = {"format": FORMAT, "iteration": iteration, "config_hash": config_hash, "files": listing}
-    manifest |= {"frozen": frozen} if frozen else {}
     manifest["names"] = list(tensors)  # safetensors sorts, but the order of parameters is part of their identity
     files["manifest.json"] = json.dumps(manifest | {"seal": _seal(manifest)}, indent=2).encode()
 
@@ -75,11 +73,11 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
-def load_newest(folder: Path, config_hash: str | None = None, frozen: str | None = None) -> tuple[Meta, dict[str, Any]] | None:
+def load_newest(folder: Path, config_hash: str | None = None) -> tuple[Meta, dict[str, Any]] | None:
     """(weights, state) of the newest checkpoint that verifies, None when there is none at all.
 
     Damaged ones are skipped with a warning that says why. Raises UserError when all are damaged, or when the newest good one
-    belongs to another configuration or stood beside other frozen weights.
+    belongs to another configuration.
     """
     found = sorted(folder.glob("step-*"), reverse=True)
     for path in found:
@@ -94,11 +92,6 @@ def load_newest(folder: Path, config_hash: str | None = None, frozen: str | None
             )
         if config_hash is not None and manifest["config_hash"] != config_hash:
             raise UserError(f"{path} belongs to another configuration; resume with the flags in the run's config.json")
-        if frozen is not None and manifest.get("frozen", frozen) != frozen:  # older checkpoints do not say
-            raise UserError(
-                f"{path} was trained around other frozen weights or statistics than the model has now; give those it began "
-                "with by --pretrained"
-            )
         from safetensors.torch import load
 
         try:
@@ -110,6 +103,15 @@ def load_newest(folder: Path, config_hash: str | None = None, frozen: str | None
     if found:
         raise UserError(f"no checkpoint in {folder} is whole; start again with --overwrite")
     return None
+
+
+def check_frozen(folder: Path, state: dict[str, Any], frozen: str) -> None:
+    """Raises UserError where what the checkpoint's weights stand beside, and no checkpoint holds, had another hash than now."""
+    if state.get("frozen", frozen) != frozen:  # older checkpoints do not say
+        raise UserError(
+            f"{folder} was trained around other frozen weights or statistics than the model has now; give those it began with "
+            "by --pretrained"
+        )
 
 
 def _is_whole(path: Path) -> bool:
