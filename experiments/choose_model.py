@@ -1,6 +1,6 @@
 """Which model for these tasks? What each reaches after adaptation, and what that costs, in one figure and one table.
 
-    python experiments/choose_model.py --models mlp conv4-32 conv4 resnet12 --seconds-per-model 60
+    python experiments/choose_model.py --models mlp "mlp width=256" conv4-32 conv4 --seconds-per-model 60
     python experiments/choose_model.py --models tv:resnet18 "tv:vit_b_16 lora=8 resize=224" --iterations 1000 --sampler ...
 
 Every model is trained by the same method on the same tasks for the same budget: `--iterations`, or as many as go into
@@ -31,7 +31,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +46,7 @@ from toolkit.runs.comparison import Entry, difference, entries
 from toolkit.runs.folder import Run, check_same, write_json
 from toolkit.train import train
 
+log = logging.getLogger("toolkit")
 # By key of a row: text of the axis, and its unit.
 COSTS = {
     "parameters": ("parameters of the model", ""),
@@ -186,6 +186,7 @@ def _finished(flags: One, config: Config) -> bool:
 def _train(flags: One, seconds: float | None) -> None:
     """One model's run from begin to end, or from its newest checkpoint, in this process."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log.setLevel(logging.INFO)
     flags, learner, tasks = parts.assemble(flags)
     if seconds is not None and flags.out is not None:
         begun = flags.out / "config.json"
@@ -199,17 +200,19 @@ def _train(flags: One, seconds: float | None) -> None:
 
 
 def affordable(flags: One, learner: Learner, tasks: parts.Tasks, seconds: float) -> int:
-    """The number of iterations that go into so many seconds, by the time that the first ones take."""
+    """The number of iterations that go into so many seconds, by the time that the first ones take; the very first also makes
+    recordings."""
+    log.info("measuring how many iterations of %s go into %g s", flags.model, seconds)
     trainee, source = learner, tasks.training
     if learner.pretrain and tasks.pretraining:
         trainee, source = learner.pretrain, tasks.pretraining
     plan = parts.plan(flags, trainee, source)
     times = list[float]()
-    for record in islice(train(trainee, source, TRIAL, flags.tasks, flags.meta_lr, flags.seed, plan), 1, None):
+    for record in train(trainee, source, TRIAL, flags.tasks, flags.meta_lr, flags.seed, plan):
         times.append(record.seconds)
-        if sum(times) > PATIENCE:
+        if sum(times[1:]) > PATIENCE:
             break
-    return max(1, round(seconds / statistics.median(times)))
+    return max(1, 1 + round((seconds - times[0]) / statistics.median(times[1:])))
 
 
 def rows(runs: dict[str, list[Run]]) -> list[dict[str, Any]]:

@@ -267,7 +267,7 @@ def test_the_seconds_of_the_first_iterations_tell_how_many_go_into_the_budget(mo
 
     monkeypatch.setattr(choose_model, "train", slow)
     flags, learner, tasks = parts.assemble(One(model="mlp", tasks=2, queries=2, map="loop"))
-    assert affordable(flags, learner, tasks, 60.0) == 120 and affordable(flags, learner, tasks, 0.01) == 1
+    assert affordable(flags, learner, tasks, 160.0) == 121 and affordable(flags, learner, tasks, 0.01) == 1
 
 
 @pytest.mark.usefixtures("here")
