@@ -15,7 +15,9 @@ from experiments.shared_model import table as shared_model_table
 from toolkit.runs.comparison import table as comparison_table
 
 REFERENCE = Path(__file__).parents[2] / "results" / "reference"
-COMPARISONS = ("compare-sinusoid", "compare-omniglot-5w1s", "compare-omniglot-20w1s", "compare-intents-5w1s")
+COMPARISONS = (
+    "compare-sinusoid", "compare-omniglot-5w1s", "compare-omniglot-20w1s", "compare-intents-5w1s", "compare-intents-5w5s",
+)  # fmt: skip
 SHARED_MODEL = "shared_model"
 
 
