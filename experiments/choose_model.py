@@ -37,10 +37,10 @@ from typing import Any
 from tqdm import tqdm
 
 from toolkit import parts, plugins
-from toolkit.errors import UserError
+from toolkit.errors import UserError, unknown
 from toolkit.experiment import configuration, run
 from toolkit.files import replace as replace_file
-from toolkit.flags import EpisodeFlags, launch
+from toolkit.flags import EpisodeFlags, checked, launch
 from toolkit.learner import Learner
 from toolkit.runs.comparison import Entry, difference, entries
 from toolkit.runs.folder import Run, check_same, write_json
@@ -110,7 +110,7 @@ def main(config: Config) -> None:
         for seed in range(config.seeds)
     }
     if len({flags.out for flags in asked.values()}) < len(asked):
-        raise UserError("two of --models are told apart by their folders alone, and would share one; give files of other names")
+        raise UserError("two of --models would share a folder, which is called by the end of each; call one otherwise")
     if not config.overwrite:
         asked = {key: replace(flags, resume=True) for key, flags in asked.items()}
     failed = _all(config, asked)
@@ -128,9 +128,14 @@ def main(config: Config) -> None:
 
 def own(flags: One, model: str) -> One:
     """The flags of one of --models: its name, and key=value for what it has of its own."""
-    name, *pairs = shlex.split(model) or [""]
+    name, pairs = _parted(model)
     target = plugins.resolve(name, "models")
-    plugins.settings(pairs, "--models", target if callable(target) else None)
+    kinds = target if callable(target) else None
+    plugins.settings(pairs, "--models", kinds)
+    known = set(OWN) | (plugins.takes(kinds) if kinds else set())
+    for key in (pair.partition("=")[0] for pair in pairs):
+        if key not in known and not (kinds and plugins.takes_any(kinds)):
+            raise unknown(f"setting of {name}", key, sorted(known))
     changes: dict[str, Any] = {}
     for key, _, text in (pair.partition("=") for pair in pairs):
         if key in OWN:
@@ -139,12 +144,22 @@ def own(flags: One, model: str) -> One:
             except ValueError:
                 raise UserError(f"--models {model!r}: {key} is a number, not {text!r}; give one") from None
     rest = tuple(pair for pair in pairs if pair.partition("=")[0] not in OWN)
-    return replace(flags, model=name, model_args=(*flags.model_args, *rest), **changes)
+    return checked(replace(flags, model=name, model_args=(*flags.model_args, *rest), **changes))
+
+
+def _parted(model: str) -> tuple[str, list[str]]:
+    """The name in one of --models, and the key=value behind it."""
+    try:
+        words = shlex.split(model)
+    except ValueError as error:
+        raise UserError(f"--models {model!r} cannot be read ({error}); write NAME key=value ...") from None
+    first = next((i for i, word in enumerate(words) if "=" in word), len(words))
+    return " ".join(words[:first]), words[first:]
 
 
 def folder(model: str) -> str:
     """What the folder of a model's runs is called."""
-    name, *pairs = model.split()
+    name, pairs = _parted(model)
     words = [Path(name).name.replace(".py:", ":"), *("=".join(Path(part).name for part in pair.split("=")) for pair in pairs)]
     return "".join(c if c.isalnum() or c in "._=" else "-" for c in "-".join(words))
 

@@ -106,14 +106,14 @@ def test_weights_are_opened_beside_the_frozen_base_that_they_were_trained_around
     again = {**SHORT, **changed, "queries": 1, "eval_queries": 2, "model": "conv4-32", "out": run.path}
     config = quickstart.Config(**again, resume=True)  # type: ignore[arg-type]
     shutil.copy("base2.pt", "base.pt")
-    said = "was trained around other frozen weights or statistics .* give those it began with by --pretrained"
+    said = r"was trained around other frozen weights than the model has now, body\..* for one; give what it"
     for attempt in (lambda: evaluated(run, ["--ways", "4"]), lambda: shown(run, 0, []), lambda: quickstart.main(config)):
         with pytest.raises(UserError, match=said):
             attempt()
     folder, _ = evaluated(run, ["--pretrained", "base1.pt", "--overwrite"])
     assert torch.equal(Run(folder).curve.metric, numbers), "the file may lie elsewhere"
     weights, state = checkpoint.load_newest(run.path / "checkpoints") or pytest.fail("no checkpoint")
-    assert state.pop("frozen")
+    assert state.pop("beside")
     shutil.rmtree(run.path / "checkpoints")  # then as versions before this wrote it
     checkpoint.save(run.path / "checkpoints", 4, weights, state, config_hash(run.config))
     evaluated(run, ["--ways", "4"])

@@ -230,8 +230,12 @@ def test_a_model_may_have_flags_and_settings_of_its_own(
     assert found[wide]["adapted"] < found["mlp"]["adapted"] and found[wide]["parameters"] < found["mlp"]["parameters"]
     for words, message in (
         (("mlp lora=much",), "lora is a number, not 'much'; give one"),
-        (("mlp lora",), "settings are written key=value"),
+        (("mlp lora",), "unknown model 'mlp lora'; did you mean 'mlp'"),
         (("mlp width=wide",), "width is a whole number; give one"),
+        (("mlp", "mlp widht=3"), "unknown setting of mlp 'widht'; did you mean 'width'"),
+        (("mlp inner_lr=-1",), "--inner-lr is -1.0; give a positive number"),
+        (("mlp adapts='*norm*",), "cannot be read (No closing quotation); write NAME key=value"),
+        (("mlp adapts=*bias", "mlp adapts=?bias"), "two of --models would share a folder"),
         (("",), "unknown model ''"),
         (("a/conv.py:Net", "b/conv.py:Net"), "there is no file a/conv.py"),
     ):

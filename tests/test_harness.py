@@ -319,6 +319,7 @@ def test_a_run_that_is_refused_does_not_cost_the_one_that_it_was_to_replace(
         return str(caught.value)
 
     assert "pip install tensorboard" in refused(regression(), logger=("tensorboard",))
+    assert "use --map loop" in refused(replace(regression(), model=Counting()), map="vmap"), "in the first iteration"
     assert "threads, recompute and recorded" in refused(map="vmap", memory="recompute")
     assert "use --reduce fast" in refused(reduce="ordered", map="vmap", trace=False)
     monkeypatch.setattr(Group, "part", lambda *_: (_ for _ in ()).throw(UserError("2 processes cannot share 1 task")))

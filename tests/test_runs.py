@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from experiments import omniglot
 from tests.conftest import dense, flat
@@ -357,4 +358,62 @@ def test_what_a_run_replaces_is_kept_until_that_one_is_sure(tmp_path: Path) -> N
     let_go(run)
     assert list(tmp_path.iterdir()) == [run] and Run(run).config == {"seed": 1} and not (run / "old").exists()
     put_back(run)
-    assert not run.exists(), "nothing was replaced"
+    assert Run(run).config == {"seed": 1}, "nothing is aside"
+
+
+def test_of_runs_replaced_before_they_saved_anything_the_first_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a process was killed in between, by links, and from within."""
+    (tmp_path / "disk").mkdir()
+    run = tmp_path / "run"
+    prepare(tmp_path / "disk" / "run", {"seed": 0}, resume=False, overwrite=False)
+    run.symlink_to(tmp_path / "disk" / "run")
+    for seed in (1, 2):
+        prepare(run, {"seed": seed}, resume=False, overwrite=True)  # killed
+    put_back(run)
+    assert Run(run).config == {"seed": 0}
+    prepare(run, {"seed": 1}, resume=False, overwrite=True)
+    shutil.rmtree(tmp_path / "disk" / "run")  # by the user, who begins anew
+    prepare(run, {"seed": 3}, resume=False, overwrite=False)
+    put_back(run)
+    assert Run(run).config == {"seed": 3} and len(list((tmp_path / "disk").iterdir())) == 1
+    monkeypatch.chdir(run)
+    prepare(Path("."), {"seed": 3}, resume=True, overwrite=False)
+    let_go(Path("."))
+    with pytest.raises(UserError, match=r"cannot replace .*run from within it; change to another folder first"):
+        prepare(Path("."), {"seed": 4}, resume=False, overwrite=True)
+
+
+class Odd(nn.Module):
+    """Frozen and trained weights, a buffer of the inputs' size, and a state that is no tensor."""
+
+    def __init__(self, size: int = 3, shift: float = 0.0, outputs: int = 2) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(2, 2), nn.Linear(2, outputs)
+        nn.init.constant_(self.body.weight, shift)
+        nn.init.zeros_(self.head.weight)
+        self.register_buffer("positions", torch.arange(size))
+        for p in self.parameters():
+            p.requires_grad_(False)
+        self.head.bias.requires_grad_(True)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"calls": 1}
+
+    def set_extra_state(self, state: Any) -> None: ...
+
+
+def test_what_stands_beside_a_checkpoint_is_told_by_name(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    state = {"beside": checkpoint.beside(Odd())}
+
+    def check(**changes: Any) -> None:
+        torch.manual_seed(0)
+        checkpoint.check_beside(tmp_path, state, checkpoint.beside(Odd(**changes)))
+
+    check()
+    check(size=7)
+    with pytest.raises(UserError, match=r"other frozen weights than the model has now, body\.weight for one"):
+        check(shift=1.0)
+    with pytest.raises(UserError, match=r"does not fit .*: its frozen head\.weight is \(2, 2\), and they want \(5, 2\)"):
+        check(outputs=5)
+    checkpoint.check_beside(tmp_path, {}, checkpoint.beside(Odd(outputs=5)))  # as older checkpoints are

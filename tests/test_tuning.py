@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,16 @@ def test_a_part_of_a_name_is_named_by_its_beginning(caplog: pytest.LogCaptureFix
     caplog.set_level(logging.INFO, "toolkit")
     low = learner_of(lora=2, adapts="lora_")
     assert low.adapted_names == learner_of(lora=2, adapts="lora").adapted_names
-    assert "--adapts lora_ is taken for what a part of a name begins with: up.lora_A.weight" in caplog.text
+    assert "--adapts lora_ is taken for a part of a name: up.lora_A.weight" in caplog.text
     caplog.clear()
     assert set(chosen(network(), "bn*")) == {"bn.weight", "bn.bias"} and not caplog.records, "of whole names"
-    assert set(chosen(network(), "weigh")) == {n for n, _ in network().named_parameters() if n.endswith("weight")}
+    assert set(chosen(network(), "weight")) == {n for n, _ in network().named_parameters() if n.endswith("weight")}
+    assert set(chosen(network(), "1")) == {n for n, _ in network().named_parameters() if ".1." in n}
+    many = nn.Sequential(OrderedDict(body=nn.Sequential(*[nn.Linear(2, 2) for _ in range(12)]), head=nn.Linear(2, 2)))
+    assert set(chosen(many, "body.1")) == {"body.1.weight", "body.1.bias"}, "and not those of 10 and 11"
+    for half in ("weigh", "bod", "h"):
+        with pytest.raises(UserError, match=f"adapts {half} {NONE}"):
+            chosen(many, half)
 
 
 def test_words_in_a_model_with_adapters_and_prompts() -> None:

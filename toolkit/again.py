@@ -16,12 +16,10 @@ import torch
 from torch import Tensor
 
 from toolkit import experiment, parts, plugins
-from toolkit.distributed import fingerprint
 from toolkit.errors import UserError
 from toolkit.flags import PROTOCOLS, EpisodeFlags, Flags, checked
 from toolkit.landscape import landscape
 from toolkit.learner import Learner, Meta
-from toolkit.modules import unlearned
 from toolkit.plan import Plan
 from toolkit.runs import checkpoint
 from toolkit.runs.folder import Run, config_hash, let_go, prepare, put_back, write_json
@@ -286,7 +284,7 @@ def _fitting(run: Run, learner: Learner) -> Meta:
             f"{run.path} does not fit these tasks: its {name} is {had}, they want {tuple(own.params[name].shape)}; give tasks "
             "of the same inputs and at most as many ways, or train a method whose head is made of the support set (protonet)"
         )
-    checkpoint.check_frozen(run.path, state, fingerprint(unlearned(learner.model)))
+    checkpoint.check_beside(run.path, state, checkpoint.beside(learner.model))
     device = next(iter(own.params.values())).device
 
     def placed(tree: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:

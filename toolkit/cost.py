@@ -23,7 +23,6 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from toolkit.engine import exact_attention, gradient_function
-from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta
 from toolkit.plan import Plan
 from toolkit.prefix import features, shortened, with_features
@@ -154,16 +153,24 @@ def adapting_operations(learner: Learner, task: Task, steps: int, meta: Meta | N
 
 
 def _along(counted: Callable[[int], int | None], learner: Learner, steps: int) -> int | None:
-    """The operations of `steps` inner steps. Of many that are alike, a few tell those of all."""
+    """The operations of `steps` inner steps. Of many that are alike, as our own parts make them, a few tell those of all."""
     alike = learner.order in (None, 0) and learner.batch is None and not learner.phases
-    if alike and steps > MANY + 1:
+    if alike and steps > MANY + 2 and all(map(_ours, (learner.rule, learner.inner, learner.start, learner.objective))):
         try:
-            first, second = counted(MANY), counted(MANY + 1)
-        except UserError:  # such as weights or rates for each step, which fit their number alone
-            first = second = None
-        if first is not None and second is not None:
-            return first + (steps - MANY) * (second - first)
+            few = [counted(MANY + i) for i in range(3)]
+        except Exception:  # of a part that fits one number of steps alone, such as weights for each
+            few = [None]
+        counts = [count for count in few if count is not None]
+        if len(counts) == 3 and counts[1] - counts[0] == counts[2] - counts[1]:
+            return counts[0] + (steps - MANY) * (counts[1] - counts[0])
     return counted(steps)
+
+
+def _ours(part: Any) -> bool:
+    """Whether a part of a learner is the toolkit's own, down to the parts that it is made of."""
+    inner = [getattr(part, "rule", None), *(rule for _, rule in getattr(part, "rules", ()))]
+    home = getattr(part, "__module__", "") or ""
+    return home.startswith("toolkit.") and all(_ours(each) for each in inner if each is not None)
 
 
 def _counted(learner: Learner, task: Task, meta: Meta | None, work: Callable[[Learner, Task, Meta], Seen]) -> int | None:

@@ -229,6 +229,8 @@ def leave() -> None:
     notes, watch, over = JOINED.pop()
     over.set()
     watch.join(BEAT)  # Python's end, in the middle of a call to the store, would abort the process
+    if watch.is_alive():  # in a call that is not answered, and another would not be either
+        _end("process 0, or torchrun if it keeps the notes of all, does not answer")
     with suppress(RuntimeError, OSError):  # nobody is there to read it
         notes.set(f"left/{dist.get_rank()}", "1")
     dist.destroy_process_group()

@@ -138,7 +138,8 @@ def judge(
                     recorder.prepare(own, meta, next(plan.pieces(tasks)))
             own, run, recorder = ready[0]
             began = time.perf_counter()
-            pieces = list(run(lambda own, piece: recorder(own, meta, piece), plan.pieces(tasks)))
+            found = run(lambda own, piece: recorder(own, meta, piece), plan.pieces(tasks))
+            pieces = [tree_map(Tensor.cpu, piece) for piece in found]  # a GPU is done when its numbers are here
             return pieces, time.perf_counter() - began
 
     return score

@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import shutil
 import signal
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -16,14 +17,13 @@ from tqdm import tqdm
 from toolkit import parts, plugins
 from toolkit.backend import backend
 from toolkit.cost import operations
-from toolkit.distributed import Group, Lost, fingerprint, here
+from toolkit.distributed import Group, Lost, here
 from toolkit.energy import Energy, counters
 from toolkit.engine import switched
 from toolkit.errors import UserError
 from toolkit.evaluate import calibrate, evaluate
 from toolkit.flags import Flags
 from toolkit.learner import Learner, Meta
-from toolkit.modules import unlearned
 from toolkit.plan import Plan, ordered
 from toolkit.runs import checkpoint
 from toolkit.runs.folder import NOT_HASHED, Run, config_hash, let_go, prepare, put_back, source_hash, write_json
@@ -59,9 +59,11 @@ def run(
     git = code_version()  # now: the files may change while the run goes on
     config = configuration(flags, experiment, learner)
     group = here(flags.reduce == "ordered", flags.shard)
-    frozen = fingerprint(unlearned(learner.model))
-    own = facts(config) | {"frozen weights of hash": frozen}
-    group.agree(own, "start all of them with the same command, on the same code and weights")
+    beside = checkpoint.beside(learner.model)
+    group.agree(
+        facts(config) | {f"as {name}": said for name, said in beside.items()},
+        "start all of them with the same command, on the same code and weights",
+    )
     learner = on_device(flags.device, learner)
     trainee, source = learner, training
     if learner.pretrain:
@@ -95,8 +97,13 @@ def run(
     log.info("%s on %s, %s%s%s", learner.name, flags.sampler, _describe(learner, plan), by, many)
     if changed := switched(trainee, task):
         log.info("%s", changed)
-    job = Job(flags, folder, learner, trainee, training, source, validation, plan, gradient, config_hash(config), frozen, group)
-    outcome = _train(job)
+    job = Job(flags, folder, learner, trainee, training, source, validation, plan, gradient, config_hash(config), beside, group)
+    try:
+        outcome = _train(job)
+    except BaseException:
+        if not group.rank:
+            put_back(folder)
+        raise
     traces = {"git": git, "command": command(flags, experiment)} | ({"processes": group.size} if group.size > 1 else {})
     summary = judged(folder, flags, config, learner, outcome, test, chance, traces, group)
     if group.rank:
@@ -155,7 +162,7 @@ class Job:
     plan: Plan
     gradient: Gradient
     identity: str
-    frozen: str
+    beside: dict[str, str]
     group: Group
 
     def handed_over(self, meta: Meta) -> Meta:
@@ -169,7 +176,7 @@ def _train(job: Job) -> Outcome:
     flags, learner, group = job.flags, job.learner, job.group
     checkpoints = job.folder / "checkpoints"
     best, saved = group.first(lambda: checkpoint.load_newest(checkpoints, job.identity)) or (learner.init(), {})
-    checkpoint.check_frozen(job.folder, saved, job.frozen)
+    checkpoint.check_beside(job.folder, saved, job.beside)
     # A checkpoint is read onto the CPU, and training stays on the device of its parameters.
     state = State(saved["iteration"], Meta(**move(saved["meta"], flags.device)), saved["optimizer"]) if saved else None
     selected = saved.get("selected", {})
@@ -182,9 +189,8 @@ def _train(job: Job) -> Outcome:
             journal.loggers = loggers(flags.logger, job.folder, Run(job.folder).config, done)
         except UserError:  # such as a package that is not there; the same command may be given again
             if not (done or flags.resume):
-                put_back(job.folder)
+                shutil.rmtree(job.folder)
             raise
-        let_go(job.folder)
     if done:
         log.info("going on after iteration %d", done)
 
@@ -197,8 +203,9 @@ def _train(job: Job) -> Outcome:
             journal.sync()
             content = {"selected": selected, "seconds": journal.seconds, "metrics_bytes": journal.size}
             content |= {"iteration": state.iteration, "meta": state.meta._asdict(), "optimizer": optimizer}
-            content |= {"joules": energy.joules(), "frozen": job.frozen}
+            content |= {"joules": energy.joules(), "beside": job.beside}
             checkpoint.save(checkpoints, state.iteration, best, content, job.identity)
+            let_go(job.folder)
 
     sizes = flags.iterations, flags.tasks, flags.meta_lr, flags.seed
     records = train(job.trainee, job.source, *sizes, job.plan, state, job.gradient, group)

@@ -51,7 +51,8 @@ def listed(names: Iterable[str]) -> str:
 
 def unlearned(model: nn.Module) -> dict[str, Tensor]:
     """What of a model is in no checkpoint, since no loop moves it: frozen weights and buffers, by name."""
-    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if not tensor.requires_grad}
+    state = model.state_dict(keep_vars=True).items()  # which may hold other things than tensors
+    return {name: tensor for name, tensor in state if isinstance(tensor, Tensor) and not tensor.requires_grad}
 
 
 def blocks(model: nn.Module) -> tuple[str, ...]:

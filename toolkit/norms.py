@@ -180,7 +180,7 @@ def check_policy(model: nn.Module, policy: str) -> None:
     if not all(mean in _warned for mean in new.values()):
         _warned.update(dict.fromkeys(new.values(), True))
         log.warning(
-            "batch norm %s has never been trained: its running mean is 0 and its variance 1, and will stay so", listed(new)
+            "batch norm has never been trained in %s: a running mean is 0 and a variance 1, and will stay so", listed(new)
         )
 
 

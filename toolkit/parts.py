@@ -184,7 +184,7 @@ def _model(flags: F, tasks: Task, outputs: int, tokens: Tokens | None) -> tuple[
     inputs = {k: tuple(v.shape[2:]) for k, v in x.items()} if isinstance(x, dict) else tuple(x.shape[2:])
     given: dict[str, Any] = {"inputs": inputs, "outputs": outputs, "ways": outputs, "seed": flags.seed}
     given |= {"pretrained": flags.pretrained} if flags.pretrained else {}
-    given |= {"padding": tokens.padding} if tokens else {}
+    given |= {"padding_token": tokens.padding} if tokens else {}
     kind = "several inputs" if isinstance(x, dict) else "numbers" if x.is_floating_point() else "feature numbers"
     if kind == "numbers" and isinstance(inputs, tuple) and len(inputs) == 3 and inputs[1] == inputs[2]:
         kind, given = "square images", given | {"channels": inputs[0], "size": inputs[1]}
@@ -204,8 +204,8 @@ def _model(flags: F, tasks: Task, outputs: int, tokens: Tokens | None) -> tuple[
         flags = replace(flags, model=fitting)
         target = plugins.resolve(fitting, "models")
     made = network(flags.model, given, flags.model_args)
-    reads: Tokens | None = getattr(made, "tokens", None)
-    if reads and tokens and reads.vocabulary != tokens.vocabulary:
+    reads = getattr(made, "tokens", None)
+    if tokens and isinstance(reads, Tokens) and reads.vocabulary != tokens.vocabulary:
         raise UserError(
             f"--model {flags.model} reads numbers by {reads.made_by}, but these tasks have others, by {tokens.made_by}; use "
             f"that tokenizer, as in --sampler clinc150-wordpieces --sampler.tokenizer {flags.model.partition(':')[2]}"
@@ -223,8 +223,8 @@ def _model(flags: F, tasks: Task, outputs: int, tokens: Tokens | None) -> tuple[
 
 def network(name: str, given: dict[str, Any], pairs: Sequence[str] = ()) -> nn.Module:
     """The model of a name: a copy of the module that it stands for, or what it makes of those of the `given` things that it
-    takes (`inputs`, `outputs`, `ways`, `channels`, `size`, `seed`, `padding`, `pretrained`) and its settings. One that does not
-    take `pretrained` gets the weights of that file. Raises UserError for what is no model."""
+    takes (`inputs`, `outputs`, `ways`, `channels`, `size`, `seed`, `padding_token`, `pretrained`) and its settings. One that
+    does not take `pretrained` gets the weights of that file. Raises UserError for what is no model."""
     target, pretrained = plugins.resolve(name, "models"), given.get("pretrained")
     if isinstance(target, nn.Module):
         return _with_weights(copy.deepcopy(target), pretrained, name)

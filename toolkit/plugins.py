@@ -102,6 +102,11 @@ def takes(target: Any) -> set[str]:
     return {p.name for p in _parameters(target) if p.kind not in ANYTHING}
 
 
+def takes_any(target: Any) -> bool:
+    """Whether a plug-in takes arguments of any name."""
+    return any(p.kind is p.VAR_KEYWORD for p in _parameters(target))
+
+
 def call(target: Any, given: Mapping[str, Any], settings: Mapping[str, Any], what: str) -> Any:
     """`target` called with those of the `given` arguments that it takes by name, and with the user's own `settings` for it.
 
@@ -109,7 +114,7 @@ def call(target: Any, given: Mapping[str, Any], settings: Mapping[str, Any], wha
     given), and for an argument that it needs and nobody gives, and for whatever it raises.
     """
     parameters = {p.name: p for p in _parameters(target) if p.kind not in ANYTHING}
-    anything = any(p.kind is p.VAR_KEYWORD for p in _parameters(target))
+    anything = takes_any(target)
     own = sorted(set(parameters) - set(given))
     for key in settings:
         if key not in own and (key in given or not anything):

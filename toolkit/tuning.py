@@ -1,8 +1,8 @@
 """What the flags of an experiment say of a model and of one method: adapters put in, what is frozen, what adapts, and settings
 that only this method has.
 
-What adapts and what is frozen is named by patterns with commas between them: names of parameters, with * for any letters, what
-a part of a name between dots begins with (lora_, norm*) where that matches no whole name, or
+What adapts and what is frozen is named by patterns with commas between them: names of parameters, with * for any letters, parts
+of names between dots (layer.1, norm*, or lora_ for what begins so) where that matches no whole name, or
 
     head     the last linear layer            norm     all of the normalisation layers      lora     low-rank adapters
     base     all but head, adapters, prompts  bias     every bias                           prompt   prompts
@@ -119,11 +119,11 @@ def _meant(model: nn.Module, word: str, head: str, flag: str) -> Selection:
     if not word.startswith("last:"):
         names = [name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
         if not any(matches(name, word) for name in names):
-            # "lora_" and "norm*" name parts of names: what a part begins with.
-            begun = (f"{word}*", f"*.{word}*")
-            if inner := [name for name in names if matches(name, begun)]:
-                log.info("%s %s is taken for what a part of a name begins with: %s", flag, word, listed(inner))
-                return lambda name: matches(name, begun)
+            ends = (word, f"{word}.*", *([f"{word}*"] if word.endswith("_") else []))
+            parts = (*ends, *(f"*.{end}" for end in ends))
+            if inner := [name for name in names if matches(name, parts)]:
+                log.info("%s %s is taken for a part of a name: %s", flag, word, listed(inner))
+                return lambda name: matches(name, parts)
         return word
     known = [name for name in blocks(model) if not matches(f"{name}.", own[0])]
     count = word.removeprefix("last:")

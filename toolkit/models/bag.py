@@ -32,15 +32,15 @@ def bag(
     features: int = 4096,
     depth: int = 0,
     reach: float = 4.0,
-    padding: int = 0,
+    padding_token: int = 0,
 ) -> nn.Sequential:
     """The summed embeddings of a text's features at unit length times `reach`, `depth` layers of ReLU, and a linear head.
 
     After Joulin et al. 2017 (fastText), who take the mean. Departure: its direction alone, since the mean of many features is
     short, and methods that compare distances would compare how long the texts are. Input (texts, length) of feature numbers
-    below `features`, `padding` filling; parameters `body.bag.table.weight`, `body.layerN.*` and `head.*`. Embeddings start
-    normal with variance 1, other weights Glorot-uniform, biases at 0. Raises UserError for other inputs and for sizes that make
-    no network.
+    below `features`, `padding_token` filling; parameters `body.bag.table.weight`, `body.layerN.*` and `head.*`. Embeddings
+    start normal with variance 1, other weights Glorot-uniform, biases at 0. Raises UserError for other inputs and for sizes
+    that make no network.
     """
     if len(inputs) != 1:
         raise UserError(f"bag takes rows of feature numbers, but an example has shape {inputs}; use another --model")
@@ -50,7 +50,7 @@ def bag(
             "1, 1, 2 and 0, and a positive reach"
         )
     generator = torch.Generator().manual_seed(seed)
-    body: OrderedDict[str, nn.Module] = OrderedDict(bag=Bag(features, width, reach, padding))
+    body: OrderedDict[str, nn.Module] = OrderedDict(bag=Bag(features, width, reach, padding_token))
     for i in range(depth):
         body[f"layer{i}"], body[f"relu{i}"] = nn.Linear(width, width), nn.ReLU()
     model = nn.Sequential(OrderedDict(body=nn.Sequential(body), head=nn.Linear(width, outputs)))

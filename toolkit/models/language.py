@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from toolkit.data.bank import Tokens
 from toolkit.data.wordpieces import PACKAGED, model_folder, tokens_of, transformers
 from toolkit.errors import UserError
 from toolkit.models.headed import Headed, new_head
@@ -117,7 +118,7 @@ def hf(
     seed: int = 0,
     pretrained: str | None = None,
     reach: float = 3.0,
-    padding: int | None = None,
+    padding_token: int | None = None,
     **settings: Any,
 ) -> Headed:
     """Language models of transformers, with a new head: hf:minilm, hf:bert, ...
@@ -126,11 +127,11 @@ def hf(
     model of the hub of Hugging Face, `owner/model`: these are pretrained. Or it is a type of model such as `bert`, made new by
     `seed`, and `settings` go to its configuration. Weights of a file (`weights.read`) replace either if `pretrained` names one.
 
-    Input (texts, length) of token numbers, int64, where the number `padding` fills, by default the configuration's; output
-    (texts, `outputs`). A text's embedding is the mean over its tokens brought to the length `reach`; 0 leaves it as it is. At 3
-    the distances between MiniLM's embeddings make about the best probabilities (measured by nearest class means on validation
-    domains of CLINC150: 1-shot accuracy 87.7 %, and 76.5 % of the mean as it is). Parameters are `body.model.*`, as in the
-    library, and `head.*`. Dropout is off, attention runs by its plain formula, weights are float32.
+    Input (texts, length) of token numbers, int64, where the number `padding_token` fills, by default the configuration's;
+    output (texts, `outputs`). A text's embedding is the mean over its tokens brought to the length `reach`; 0 leaves it as it
+    is. At 3 the distances between MiniLM's embeddings make about the best probabilities (measured by nearest class means on
+    validation domains of CLINC150: 1-shot accuracy 87.7 %, and 76.5 % of the mean as it is). Parameters are `body.model.*`,
+    as in the library, and `head.*`. Dropout is off, attention runs by its plain formula, weights are float32.
 
     Raises UserError without transformers, for an unknown name, for inputs that are no rows of numbers or too long, for unknown
     settings, and for weights that cannot be had or do not fit.
@@ -145,12 +146,14 @@ def hf(
     library = transformers()
     new = name in library.CONFIG_MAPPING and name not in PACKAGED
     with _quiet(library):
-        model = _new(library, name, seed, padding, settings) if new else _known(library, name, settings)
+        model = _new(library, name, seed, padding_token, settings) if new else _known(library, name, settings)
     config = model.config
     longest = getattr(config, "max_position_embeddings", None) or inputs[0]
     if inputs[0] > longest:
         raise UserError(f"{what} takes texts of at most {longest} tokens, and these have {inputs[0]}; give a smaller length")
-    filling = (getattr(config, "pad_token_id", None) or 0) if padding is None else padding
+    # A configuration that the user writes decides, and so does one that weights belong to if the tasks do not say.
+    own = getattr(config, "pad_token_id", None) or 0
+    filling = own if padding_token is None or "pad_token_id" in settings else padding_token
     body = Encoder(model, filling, reach, inputs[0], what)
     made = Headed(OrderedDict(body=body, head=new_head(body.width, outputs, seed))).eval()
     if pretrained not in (None, "default"):
@@ -159,7 +162,7 @@ def hf(
         raise UserError(f"{what} is a type of model and has no weights; leave out --pretrained, or give a file")
     elif not new:
         made.pretrained_on = TRAINED_ON.get(name, f"what {name} was")
-    made.tokens = None if new else tokens_of(name)
+    made.tokens = None if new else _tokens(name)
     return made
 
 
@@ -179,6 +182,14 @@ def _new(library: Any, name: str, seed: int, padding: int | None, settings: dict
             return _plain(library.AutoModel.from_config(config, attn_implementation="eager"))
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise UserError(f"hf:{name} cannot be made ({_line(error)}); use one such as hf:bert") from None
+
+
+def _tokens(name: str) -> Tokens | None:
+    """What the model's own tokenizer makes, if it has one that can be read: the tasks may bring another."""
+    try:
+        return tokens_of(name)
+    except UserError:
+        return None
 
 
 def _known(library: Any, name: str, settings: dict[str, Any]) -> Any:

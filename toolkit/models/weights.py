@@ -9,7 +9,7 @@ import logging
 import re
 import sys
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
@@ -143,10 +143,10 @@ def fetched(url: str, what: str) -> Mapping[str, Tensor]:
         ) from None
 
 
-def is_behind(url: str, file: Path) -> bool:
-    """Whether a file, whatever it is called, is the one behind a `url` whose name ends in its checksum."""
-    named = CHECKSUM.search(url)
-    return named is not None and file.is_file() and _sha256(file).startswith(named[1])
+def behind(urls: Iterable[str], file: Path) -> str | None:
+    """That of the `urls`, whose names end in checksums, behind which a file is, whatever it is called."""
+    digest = _sha256(file) if file.is_file() else ""
+    return next((url for url in urls if (named := CHECKSUM.search(url)) and digest.startswith(named[1])), None)
 
 
 def refuse_unreachable(repository: str, what: str) -> None:

@@ -114,9 +114,9 @@ def torchvision_model(
     wanted.refuse(settings, "num_classes", "weights")
     entries = list(models.get_model_weights(name))
     file = None if pretrained in (None, "default") else Path(str(pretrained))
-    known = [entry for entry in entries if file and files.is_behind(entry.url, file)]
-    named = [entry for entry in entries if file and entry.url.rpartition("/")[2] == file.name]
-    entry = next(iter(known + named), models.get_model_weights(name).DEFAULT)
+    known = files.behind([entry.url for entry in entries], file) if file else None
+    named = [entry for entry in entries if file and (entry.url == known or entry.url.rpartition("/")[2] == file.name)]
+    entry = max(named, key=lambda entry: entry.url == known, default=models.get_model_weights(name).DEFAULT)
     made_for = _made_for(wanted, name, entry.transforms().crop_size[0])
 
     body = _built(seed, lambda: models.get_model(name, weights=None, **{**made_for, **settings}))

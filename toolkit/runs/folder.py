@@ -189,10 +189,10 @@ def source_hash() -> str:
 def prepare(path: Path, config: dict[str, Any], resume: bool, overwrite: bool) -> Run:
     """The run folder for `config`, made when it is not there. One that is replaced is kept aside until `let_go`.
 
-    Raises UserError when the folder exists and neither `resume` nor `overwrite` was asked for, when it is no run folder, or
-    when it was made with another configuration.
+    Raises UserError when the folder exists and neither `resume` nor `overwrite` was asked for, when it is no run folder, when
+    it was made with another configuration, or is to be replaced and is the working directory.
     """
-    run = Run(path)
+    run, place = Run(path), path.resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         if not (path / "config.json").exists():
             raise UserError(f"{path} exists and is not a run folder; choose another place with --out")
@@ -201,29 +201,35 @@ def prepare(path: Path, config: dict[str, Any], resume: bool, overwrite: bool) -
                 f"the run folder {path} exists; continue it with --resume, replace it with --overwrite, or choose --out"
             )
         if overwrite and not resume:
-            let_go(path)
-            path.rename(_aside(path))
+            if place in (Path.cwd(), *Path.cwd().parents):
+                raise UserError(f"--overwrite cannot replace {place} from within it; change to another folder first")
+            # What is aside already was to be replaced by a run that has saved nothing.
+            shutil.rmtree(place) if _aside(path).exists() else place.rename(_aside(path))
         else:
             check_same(run.config, config, path)
-    path.mkdir(parents=True, exist_ok=True)
+    elif not path.exists():
+        let_go(path)
+    place.mkdir(parents=True, exist_ok=True)
     write_json(path / "config.json", config)
     return Run(path)
 
 
 def let_go(path: Path) -> None:
-    """Removes what the run folder replaced."""
-    shutil.rmtree(_aside(path), ignore_errors=True)
+    """Removes what the run folder replaced, now that it holds something itself."""
+    if _aside(path).exists():
+        shutil.rmtree(_aside(path))
 
 
 def put_back(path: Path) -> None:
-    """Removes a run folder that came to nothing; what it replaced is there again."""
-    shutil.rmtree(path)
+    """Of a run that came to nothing: what its folder replaced is there again, if it replaced anything."""
     if _aside(path).exists():
-        _aside(path).rename(path)
+        shutil.rmtree(path.resolve(), ignore_errors=True)
+        _aside(path).rename(path.resolve())
 
 
 def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.replaced")
+    place = path.resolve()
+    return place.with_name(f".{place.name}.replaced")
 
 
 def check_same(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
