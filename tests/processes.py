@@ -161,6 +161,14 @@ def hung_first(group: Group) -> dict[str, Any]:
     return stopping(group, 0)
 
 
+def left(group: Group) -> dict[str, Any]:
+    """The first process stops without dying, and the others are done."""
+    if not group.rank:
+        os.kill(os.getpid(), 19)
+    time.sleep(1)
+    return {}
+
+
 def stopping(group: Group, rank: int) -> dict[str, Any]:
     if group.rank == rank:
         os.kill(os.getpid(), 19)

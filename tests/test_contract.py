@@ -517,7 +517,10 @@ def small_convolution() -> nn.Module:
     return named(**layers)
 
 
-@pytest.mark.parametrize("name", ["cavia", "meta_curvature", "kfo", "warp_grad", "lora_maml", "alfa"])
+SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("meta_curvature", "lora_maml", "alfa")]
+
+
+@pytest.mark.parametrize("name", ["cavia", "kfo", "warp_grad", *SLOWER])
 def test_convolutions_keep_the_contract(name: str) -> None:
     learner, tasks = built(name, small_convolution()), take(task_batch(shape=(1, 4, 4)), slice(0, 2))
     check_gradient(learner, tasks, None, {})

@@ -118,6 +118,15 @@ def test_a_process_that_hangs_ends_the_others_with_a_sentence(case: str, rank: i
     assert f"error: {who} has given no sign of life for 2 s; the same command with --resume goes on" in errors
 
 
+@pytest.mark.slow
+def test_who_is_done_does_not_wait_for_a_process_that_hangs(tmp_path: Path) -> None:
+    running = start(["-m", "tests.processes", "left", str(tmp_path)], 2)
+    _, errors = running[1].communicate(timeout=60)
+    running[0].kill()
+    running[0].communicate()
+    assert running[1].returncode == 1 and "process 0, or torchrun if it keeps the notes of all, does not answer" in errors
+
+
 def test_the_parts_of_a_batch_cover_it_once() -> None:
     for total in range(1, 12):
         for piece in range(1, 5):

@@ -159,11 +159,13 @@ def test_debug_shows_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 # Every method is run by the contract; here those are slow that leave nothing of their own.
-LEAVES = ("maml", "meta_sgd", "maml_plus_plus", "protonet", "fine_tune")
+LEAVES = ("maml", "maml_plus_plus", "protonet")
 RUNS = [
     *(pytest.param(omniglot, name, marks=[] if name in LEAVES else pytest.mark.slow) for name in algorithms.METHODS),
-    *((sinusoid, name) for name in ("maml", "reptile", "cavia", "metal", "maml_plus_plus", "joint")),
-    *((quickstart, name) for name in ("maml", "linear_probe")),
+    *((sinusoid, name) for name in ("maml", "joint")),
+    *(pytest.param(sinusoid, name, marks=pytest.mark.slow) for name in ("reptile", "cavia", "metal", "maml_plus_plus")),
+    (quickstart, "maml"),
+    pytest.param(quickstart, "linear_probe", marks=pytest.mark.slow),
 ]
 
 

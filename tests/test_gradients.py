@@ -71,7 +71,7 @@ def made(algorithm: str, rule: str, steps: int) -> Learner:
     return learner
 
 
-@pytest.mark.parametrize("steps", [1, 3, 5])
+@pytest.mark.parametrize("steps", [1, 3, pytest.param(5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_equals_finite_differences(algorithm: str, rule: str, steps: int) -> None:

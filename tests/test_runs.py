@@ -240,6 +240,7 @@ def kill_and_resume(tmp_path: Path, times: int, seed: int, *flags: str) -> None:
     assert not list((broken / "checkpoints").glob(".step-*"))
 
 
+@pytest.mark.slow  # runs of every kind that are cut off are in tests/test_harness.py
 def test_a_killed_run_ends_like_the_unbroken_one(tmp_path: Path) -> None:
     kill_and_resume(tmp_path, 2, 0)
 
