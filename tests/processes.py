@@ -161,7 +161,7 @@ def hung_first(group: Group) -> dict[str, Any]:
     return stopping(group, 0)
 
 
-def left(group: Group) -> dict[str, Any]:
+def hung_left(group: Group) -> dict[str, Any]:
     """The first process stops without dying, and the others are done."""
     if not group.rank:
         os.kill(os.getpid(), 19)

@@ -120,7 +120,7 @@ def test_a_process_that_hangs_ends_the_others_with_a_sentence(case: str, rank: i
 
 @pytest.mark.slow
 def test_who_is_done_does_not_wait_for_a_process_that_hangs(tmp_path: Path) -> None:
-    running = start(["-m", "tests.processes", "left", str(tmp_path)], 2)
+    running = start(["-m", "tests.processes", "hung_left", str(tmp_path)], 2)
     _, errors = running[1].communicate(timeout=60)
     running[0].kill()
     running[0].communicate()
