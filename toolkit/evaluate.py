@@ -73,7 +73,7 @@ def evaluate(
                 plan = plan or replace(default_plan(_judged(learner), drawn), trace=trace)
                 more = measures_of(learner, drawn) if measures is None else tuple(measures.items())
                 pieces, seconds = judge(learner, plan, steps, permutations, more)(meta, drawn)
-                found = {name: torch.cat([piece[name] for piece in pieces]).cpu() for name in pieces[0]}
+                found = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
                 spent.append(seconds / len(block))
         for block, results in zip(blocks[mine:], group.gathered(found), strict=False):
             for name, values in results.items():

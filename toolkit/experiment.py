@@ -61,7 +61,7 @@ def run(
     group = here(flags.reduce == "ordered", flags.shard)
     beside = checkpoint.beside(learner.model)
     group.agree(
-        facts(config) | {f"as {name}": said for name, said in beside.items()},
+        facts(config) | {f"as {name}": " ".join(said) for name, said in beside.items()},
         "start all of them with the same command, on the same code and weights",
     )
     learner = on_device(flags.device, learner)
@@ -162,7 +162,7 @@ class Job:
     plan: Plan
     gradient: Gradient
     identity: str
-    beside: dict[str, str]
+    beside: dict[str, tuple[str, str, str]]
     group: Group
 
     def handed_over(self, meta: Meta) -> Meta:

@@ -89,7 +89,7 @@ def tokens_of(name: str) -> Tokens | None:
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    return any(True for pattern in TOKENIZERS for _ in folder.glob(pattern))
+    return any(any(folder.glob(pattern)) for pattern in TOKENIZERS)
 
 
 @cache

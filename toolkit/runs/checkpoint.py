@@ -107,34 +107,28 @@ def load_newest(folder: Path, config_hash: str | None = None) -> tuple[Meta, dic
     return None
 
 
-def beside(model: nn.Module) -> dict[str, str]:
+def beside(model: nn.Module) -> dict[str, tuple[str, str, str]]:
     """What a checkpoint's weights stand beside and it does not hold, frozen weights and buffers: the kind, shape and hash of
     each, by name."""
     return {
-        name: f"{'weights' if isinstance(tensor, nn.Parameter) else 'statistics'} {tuple(tensor.shape)} {fingerprint(tensor)}"
+        name: ("weights" if isinstance(tensor, nn.Parameter) else "statistics", str(tuple(tensor.shape)), fingerprint(tensor))
         for name, tensor in unlearned(model).items()
     }
 
 
-def check_beside(folder: Path, state: dict[str, Any], now: dict[str, str]) -> None:
+def check_beside(folder: Path, state: dict[str, Any], now: dict[str, tuple[str, str, str]]) -> None:
     """Raises UserError where the weights of a checkpoint stood beside others than `now`. A buffer of another shape is one that
     the model makes for its inputs."""
-    had: dict[str, str] = state.get("beside", now)  # older checkpoints do not say
+    had, missing = state.get("beside", now), ("statistics", "()", "")  # older checkpoints do not say
     for name in sorted(had.keys() | now.keys()):
-        (kind, shape, before), (_, other, after) = (_parted(each.get(name, "nothing () ")) for each in (had, now))
-        if shape != other and "weights" in (kind, _):
-            raise UserError(f"{folder} does not fit these tasks: its frozen {name} is {shape}, and they want {other}")
-        if shape == other and before != after:
+        (kind, shape, before), (new_kind, new_shape, after) = had.get(name, missing), now.get(name, missing)
+        if shape != new_shape and "weights" in (kind, new_kind):
+            raise UserError(f"{folder} does not fit these tasks: its frozen {name} is {shape}, and they want {new_shape}")
+        if shape == new_shape and before != after:
             raise UserError(
                 f"{folder} was trained around other frozen {kind} than the model has now, {name} for one; give what it began "
                 "with (by --pretrained, if it was)"
             )
-
-
-def _parted(said: str) -> tuple[str, str, str]:
-    kind, _, rest = said.partition(" ")
-    shape, _, digest = rest.rpartition(" ")
-    return kind, shape, digest
 
 
 def _is_whole(path: Path) -> bool:
