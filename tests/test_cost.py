@@ -31,7 +31,7 @@ from toolkit.experiment import run
 from toolkit.models import conv4
 from toolkit.models.surgery import lora
 from toolkit.report import write as write_report
-from toolkit.rules import SGD
+from toolkit.rules import SGD, Clip, Groups
 from toolkit.runs import tables
 from toolkit.runs.comparison import rows
 from toolkit.runs.folder import Run
@@ -209,20 +209,26 @@ def test_of_many_steps_a_few_tell_the_operations_of_all(case: str, memory: Any, 
     assert cost.adapting_operations(learner, task, 14, meta) == cost.of_adapting(learner, task, 14, meta).operations
 
 
-def test_steps_of_a_rule_of_yours_are_all_counted() -> None:
-    """It may do more at some of them; and what fails for fewer steps fails no run."""
+class Fifths(SGD):
+    """Does more at every fifth step, which a few in a row do not show."""
 
-    class Thirds(SGD):
-        def update(self, learned: Params, grads: Params, state: Params, fast: Params, k: int) -> tuple[Params, Params]:
-            if k % 3 == 0:
-                grads = {name: g + 0 * (g.reshape(-1, 1) @ g.reshape(1, -1)).sum() for name, g in grads.items()}
-            return super().update(learned, grads, state, fast, k)
+    def update(self, learned: Params, grads: Params, state: Params, fast: Params, k: int) -> tuple[Params, Params]:
+        if k % 5 == 0:
+            grads = {name: g + 0 * (g.reshape(-1, 1) @ g.reshape(1, -1)).sum() for name, g in grads.items()}
+        return super().update(learned, grads, state, fast, k)
 
-        def check(self, names: Any, steps: int) -> None:
-            if steps != 11:
-                raise ValueError("eleven")
 
-    learner, task = replace(algorithms.maml(perceptron(3, 4, 2), inner_steps=11), rule=Thirds(0.1)), episode()
+class Eleven(SGD):
+    """Fits one number of steps, and fails in no sentence of ours."""
+
+    def check(self, names: Any, steps: int) -> None:
+        if steps != 11:
+            raise ValueError("eleven")
+
+
+@pytest.mark.parametrize("rule", [Fifths(0.1), Eleven(0.1), Clip(Fifths(0.1), 10.0), Groups(("*", Fifths(0.1)))])
+def test_steps_of_a_rule_of_yours_are_all_counted(rule: Any) -> None:
+    learner, task = replace(algorithms.maml(perceptron(3, 4, 2), inner_steps=11), rule=rule), episode()
     assert cost.operations(learner, task, "unroll") == cost.of_meta_gradient(learner, task).operations
 
 
