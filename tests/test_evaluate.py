@@ -3,7 +3,10 @@
 import copy
 import importlib
 import json
+import os
 import random
+import subprocess
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,12 +22,10 @@ from torch.utils import _pytree as pytree
 
 from tests.conftest import convolutional, dense, relative, task_batch
 from toolkit import Batch, Curve, Learner, Meta, Plan, Task, UserError, algorithms, draw, evaluate
-from toolkit.choose import peak
 from toolkit.evaluate import predictions
 from toolkit.metrics import squared_error
-from toolkit.models import mlp
 from toolkit.rules import SGD, Adam
-from toolkit.samplers import Linear, Sinusoid
+from toolkit.samplers import Linear
 from toolkit.starts import inherited
 from toolkit.task import take
 from toolkit.tree import Params
@@ -530,11 +531,24 @@ def test_diverged_tasks_are_counted_and_left_out() -> None:
     assert torch.allclose(curve.mean()[1], curve.metric[small, 1].mean(), rtol=1e-12, atol=0)
 
 
+PEAKS = """
+from toolkit import algorithms, evaluate
+from toolkit.choose import peak
+from toolkit.metrics import squared_error
+from toolkit.models import mlp
+from toolkit.samplers import Sinusoid
+learner = algorithms.maml(mlp(), loss=squared_error, metric=squared_error, inner_lr=0.01)
+meta, sampler = learner.init(), Sinusoid(50, 500)
+evaluate(learner, meta, sampler, 64, 2)
+print(*(peak(lambda: evaluate(learner, meta, sampler, tasks, 2)) for tasks in (1280, 5120)))
+"""
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is only known on Linux")
 def test_memory_does_not_grow_with_the_number_of_tasks() -> None:
-    learner = algorithms.maml(mlp(), loss=squared_error, metric=squared_error, inner_lr=0.01)
-    meta, sampler = learner.init(), Sinusoid(50, 500)
-    evaluate(learner, meta, sampler, 64, 2)
-    few, many = (peak(lambda tasks=tasks: evaluate(learner, meta, sampler, tasks, 2)) for tasks in (64, 5120))
+    """With one thread and one arena, as what threads leave in arenas of their own differs from run to run."""
+    alone = os.environ | {"MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True, env=alone)
+    few, many = map(int, done.stdout.split())
     assert few > 5e6, "else this test could not fail"
-    assert many < few + 25e6, "it was 50 MB when small results lay between the tasks"
+    assert many < few + 25e6, "it was 48 to 189 MB more in 8 runs when small results lay between the tasks"
