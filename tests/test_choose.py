@@ -1,5 +1,6 @@
 """Plans by measurement: within the memory budget, as predicted, and a run goes on when vmap or memory fails."""
 
+import importlib
 import logging
 import sys
 from pathlib import Path
@@ -89,6 +90,34 @@ def test_a_budget_below_one_task_says_what_it_needs() -> None:
     learner, tasks = wide()
     with pytest.raises(UserError, match=r"one task needs [1-9]\d* MB and the budget is 0 MB; give a larger --budget"):
         choose(learner, tasks, budget="100kB")
+
+
+def test_no_more_is_measured_than_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner, tasks = wide()
+    looked, module = list[tuple[int, Plan]](), importlib.import_module("toolkit.choose")
+
+    def fast(learner: Learner, meta: Meta, tasks: Task, plan: Plan, *_: Any) -> module.Cost:
+        looked.append((count(tasks), plan))
+        return module.Cost(1.0, 10**6 * count(tasks))
+
+    monkeypatch.setattr(module, "measured", fast)
+    assert choose(learner, tasks, budget="20MB") == Plan("vmap")
+    assert looked == [(1, Plan("vmap")), (8, Plan("vmap")), (8, Plan("vmap", trace=True))], "one task tells of both plans"
+    looked.clear()
+    assert choose(learner, tasks, budget="2MB", trace=False) == Plan("vmap", 2)
+    assert looked == [(1, Plan("vmap")), (4, Plan("vmap", 4)), (2, Plan("vmap", 2))]
+    looked.clear()
+    with pytest.raises(UserError, match="one task needs 1 MB"):
+        choose(learner, tasks, budget="100kB", trace=False)
+    plans = (Plan("vmap"), Plan("vmap", 1, memory="recompute"), Plan("loop"), Plan("loop", memory="recompute"))
+    assert looked == [(1, plan) for plan in plans], "smaller pieces cannot help when one task needs ten times the budget"
+
+
+def test_what_takes_long_is_run_twice() -> None:
+    learner, tasks = wide()
+    runs = list[Task]()
+    assert measured(learner, learner.init(), tasks, Plan("vmap"), lambda _, tasks: runs.append(tasks), patience=0).seconds >= 0
+    assert len(runs) == 2, "once to warm up, once for its time and memory"
 
 
 def test_a_short_training_takes_the_default_plan() -> None:

@@ -58,16 +58,15 @@ def choose(
     plan unmeasured. Raises UserError when one task alone needs more than the budget.
     """
     limit, meta = _limit(budget, tasks), meta or learner.init()
-    first = default_plan(learner, tasks)
-    if budget is None and not compile and iterations is not None:
-        row = predicted(learner, meta, tasks, first, limit)
-        if row.cost is not None and row.plan == first and row.cost.seconds * iterations < WORTH_MEASURING:
-            return first
-    plans = candidates(learner, tasks, trace, compile)
-    log.info("measuring %d plans on the first tasks", len(plans))
-    rows = [predicted(learner, meta, tasks, plan, limit) for plan in plans]
+    (first, *others), ones = candidates(learner, tasks, trace, compile), dict[Plan, Cost]()
+    log.info("measuring up to %d plans on the first tasks", 1 + len(others))
+    rows = [predicted(learner, meta, tasks, first, limit, ones)]
+    cost, short = rows[0].cost, iterations if budget is None and not compile else None
+    if short is not None and cost is not None and rows[0].plan == first and cost.seconds * short < WORTH_MEASURING:
+        return first
+    rows += [predicted(learner, meta, tasks, plan, limit, ones) for plan in others]
     if all(row.cost is None for row in rows):
-        rows.append(predicted(learner, meta, tasks, Plan("loop"), limit))
+        rows.append(predicted(learner, meta, tasks, Plan("loop"), limit, ones))
     possible = [row for row in rows if row.cost is not None]
     if not possible:
         raise UserError(rows[-1].reason)
@@ -99,12 +98,15 @@ def candidates(learner: Learner, tasks: Task, trace: bool = True, compile: bool 
     return [*found, compiled_plan(first)] if compile and not random else found
 
 
-def predicted(learner: Learner, meta: Meta, tasks: Task, plan: Plan, limit: int) -> Row:
-    """The plan, made smaller until it fits into `limit` bytes, with its cost for the whole batch as a few pieces tell it."""
-    total = count(tasks)
+def predicted(learner: Learner, meta: Meta, tasks: Task, plan: Plan, limit: int, ones: dict[Plan, Cost] | None = None) -> Row:
+    """The plan, made smaller until it fits into `limit` bytes, with its cost for the whole batch as a few pieces tell it.
+
+    `ones` holds what one task costs by the plans that were looked at before.
+    """
+    total, ones = count(tasks), {} if ones is None else ones
     while True:
         try:
-            cost = _extrapolated(learner, meta, tasks, plan, limit)
+            cost = _extrapolated(learner, meta, tasks, plan, limit, ones)
         except UserError:
             raise
         except Exception as error:
@@ -114,19 +116,31 @@ def predicted(learner: Learner, meta: Meta, tasks: Task, plan: Plan, limit: int)
         if cost is not None and cost.bytes <= limit:
             return Row(plan, cost)
         smaller = plan.smaller(total)
+        while (
+            smaller is not None
+            and cost is not None
+            and smaller.memory == plan.memory
+            and cost.bytes / _at_a_time(plan, total) * _at_a_time(smaller, total)
+            > 4 * limit  # a recording holds less than what it was told by
+        ):
+            smaller = smaller.smaller(total)
         if smaller is None:
             needs = "more than there is" if cost is None else f"{cost.bytes / 10**6:,.0f} MB"
             return Row(plan, None, f"one task needs {needs} and the budget is {limit / 10**6:,.0f} MB; give a larger --budget")
         plan = smaller
 
 
-def _extrapolated(learner: Learner, meta: Meta, tasks: Task, plan: Plan, limit: int) -> Cost:
+def _at_a_time(plan: Plan, total: int) -> int:
+    return min(total, plan.size(total) * (plan.workers or torch.get_num_threads() if plan.map == "threads" else 1))
+
+
+def _extrapolated(learner: Learner, meta: Meta, tasks: Task, plan: Plan, limit: int, ones: dict[Plan, Cost]) -> Cost:
     total = count(tasks)
-    wave = plan.size(total) * (plan.workers or torch.get_num_threads() if plan.map == "threads" else 1)
-    if wave < total:
+    if (wave := _at_a_time(plan, total)) < total:
         cost = measured(learner, meta, take(tasks, slice(0, wave)), plan)
         return Cost(cost.seconds * total / wave, cost.bytes)
-    one = measured(learner, meta, take(tasks, slice(0, 1)), replace(plan, trace=False, compile=False))
+    plain = replace(plan, trace=False, compile=False)
+    one = ones[plain] = ones.get(plain) or measured(learner, meta, take(tasks, slice(0, 1)), plain)
     if one.bytes * total <= limit / 2:
         return measured(learner, meta, tasks, plan, gradient_function(learner, plan))
     return Cost(one.seconds * total, one.bytes * total)
@@ -141,18 +155,22 @@ def measured(
     repeats: int = 3,
     patience: float = 1.0,
 ) -> Cost:
-    """The cost of the meta-gradient of these tasks: the fastest of up to `repeats` runs, of one after `patience` seconds."""
+    """The cost of the meta-gradient of these tasks: the fastest of up to `repeats` runs, of fewer after `patience` seconds."""
     # Not kept unless it is given: its recording would be for these few tasks.
     function = function or gradient_function.__wrapped__(learner, plan)
     device, times = tasks.support.y.device, list[float]()
-    function(meta, tasks)  # what only the first call does is no part of the cost
-    needed = peak(lambda: function(meta, tasks), device)
-    while len(times) < repeats and sum(times) < patience:
+
+    def timed() -> None:
         began = time.perf_counter()
         function(meta, tasks)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - began)
+
+    function(meta, tasks)  # what only the first call does is no part of the cost
+    needed = peak(timed, device)
+    while len(times) < repeats and sum(times) < patience:
+        timed()
     return Cost(min(times), needed)
 
 
@@ -224,8 +242,8 @@ def _in_words(error: Exception) -> str:
 
 def survey(learner: Learner, tasks: Task, budget: str | None, trace: bool, compile: bool) -> Iterator[tuple[Row, Cost | None]]:
     """Every candidate, those that recompute the steps too, as predicted from a few pieces and as measured on all `tasks`."""
-    meta, limit = learner.init(), _limit(budget, tasks)
+    meta, limit, ones = learner.init(), _limit(budget, tasks), dict[Plan, Cost]()
     plans = candidates(learner, tasks, trace, compile)
     for plan in (*plans, *(replace(plan, memory="recompute") for plan in plans if learner.steps and not plan.compile)):
-        row = predicted(learner, meta, tasks, plan, limit)
+        row = predicted(learner, meta, tasks, plan, limit, ones)
         yield row, None if row.cost is None else measured(learner, meta, tasks, row.plan)
