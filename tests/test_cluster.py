@@ -43,7 +43,7 @@ def test_without_slurm_it_says_so(tmp_path: Path) -> None:
 def test_a_job_of_two_processes_fills_one_run_folder(tmp_path: Path) -> None:
     pytest.importorskip("submitit")
     sizes = ["--iterations", "2", "--validate-every", "2", "--val-tasks", "2", "--eval-tasks", "2", "--eval-steps", "1"]
-    command = [sys.executable, str(ROOT / "experiments" / "quickstart.py"), *sizes, "--tasks", "2", "--map", "loop"]
+    command = [sys.executable, str(ROOT / "experiments" / "sinusoid.py"), *sizes, "--tasks", "2", "--map", "loop"]
     asking = [*command, "--slurm", "local=1,processes=2,minutes=3", "--out", str(tmp_path / "run")]
     done = subprocess.run(asking, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("job "), done.stderr

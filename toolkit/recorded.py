@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -96,7 +98,9 @@ def record(function: Callable[..., Any], *trees: Any) -> Recording:
         result.append(spec)
         return out
 
-    with warnings.catch_warnings():
+    # One mode for what torch notes of each result; without it torch makes one for each, which takes as long as all the rest.
+    noted = tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True)))
+    with warnings.catch_warnings(), noted:
         warnings.simplefilter("ignore")  # of torch about its own batching rules
         graph = make_fx(flat)(*leaves)
     graph.graph.eliminate_dead_code()
