@@ -522,7 +522,8 @@ SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("meta_curvatur
 
 @pytest.mark.parametrize("name", ["cavia", "kfo", "warp_grad", *SLOWER])
 def test_convolutions_keep_the_contract(name: str) -> None:
-    learner, tasks = built(name, small_convolution()), take(task_batch(shape=(1, 4, 4)), slice(0, 2))
+    fewer = {"context": 6} if name == "cavia" else {}  # of a hundred numbers, each with derivatives of its own
+    learner, tasks = built(name, small_convolution(), **fewer), take(task_batch(shape=(1, 4, 4)), slice(0, 2))
     check_gradient(learner, tasks, None, {})
     check_plans(learner, tasks)
 
