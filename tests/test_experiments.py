@@ -163,7 +163,10 @@ LEAVES = ("maml", "maml_plus_plus", "protonet")
 RUNS = [
     *(pytest.param(omniglot, name, marks=[] if name in LEAVES else pytest.mark.slow) for name in algorithms.METHODS),
     (sinusoid, "maml"),
-    *(pytest.param(sinusoid, name, marks=pytest.mark.slow) for name in ("joint", "reptile", "cavia", "metal", "maml_plus_plus")),
+    *(
+        pytest.param(sinusoid, name, marks=pytest.mark.slow)
+        for name in ("joint", "reptile", "cavia", "metal", "maml_plus_plus")
+    ),
     *(pytest.param(quickstart, name, marks=pytest.mark.slow) for name in ("maml", "linear_probe")),
 ]
 

@@ -1,6 +1,7 @@
 """The shape of the house: imports point one way, and importing the toolkit is light."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,17 @@ def test_the_package_shows_its_names_when_they_are_asked_for() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_core_is_an_evenings_reading() -> None:
+    picture = (ROOT / "ARCHITECTURE.md").read_text()
+    said = re.search(
+        r"To read in an evening, in this order: (.*?): the whole method in less than ([\d,]+) lines", picture, re.DOTALL
+    )
+    assert said is not None
+    files, most = re.findall(r"`(\w+\.py)`", said[1]), int(said[2].replace(",", ""))
+    assert len(files) == 10
+    assert 0.9 * most < sum(len((ROOT / "toolkit" / name).read_text().splitlines()) for name in files) < most
 
 
 def test_files_stay_small() -> None:
