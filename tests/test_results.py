@@ -36,6 +36,11 @@ def test_the_readmes_quote_the_runs(name: str, tmp_path: Path) -> None:
         copy.unlink()
 
 
+def test_no_table_is_forgotten() -> None:
+    text = (ROOT / "results" / "README.md").read_text()
+    assert len(TABLES) >= 3 and all(f"<!-- table: tables/{table.name}" in text for table in TABLES)
+
+
 @pytest.mark.parametrize("folder", MADE)
 def test_the_command_of_a_row_is_that_of_its_run(folder: str) -> None:
     """Every flag of the row's command stands in the run's configuration."""
