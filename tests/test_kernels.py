@@ -26,7 +26,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
 
 def given(groups: int = 1, channels: int = 4) -> tuple[Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(0)
-    shapes = (3, channels, 7, 6), (6, channels // groups, 3, 2), (6,)
+    shapes = (2, channels, 5, 6), (6, channels // groups, 3, 2), (6,)
     return tuple(torch.randn(shape, generator=g, dtype=torch.float64, requires_grad=True) for shape in shapes)  # type: ignore[return-value]
 
 

@@ -69,7 +69,7 @@ TOOL = [
     ("evaluate half", r"half has no summary\.json|half has no checkpoint"),
     ("evaluate glyphs --iterations 5", r"--iterations belongs to training, which is over; `toolkit evaluate` takes"),
     ("evaluate glyphs --algorithm anil", r"--algorithm belongs to training, which is over"),
-    ("evaluate glyphs --ways 9", r"does not fit these tasks: its head\.weight is \(5, 64\), they want \(9, 64\)"),
+    ("evaluate glyphs --ways 9", r"does not fit these tasks: its head\.weight is \(5, 40\), they want \(9, 40\)"),
     ("evaluate glyphs --sampler sinusoid", r"sinusoid|fit"),
     ("evaluate glyphs --eval-tasks 0", r"--eval-tasks is 0; give at least 1"),
     ("evaluate glyphs --protocol claims --eval-tasks 7", r"--protocol claims means 10,000 test tasks"),
@@ -161,10 +161,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("place")
     (place / "mine.py").write_text(MINE)
     runs = {
-        "good": "sinusoid --no-compile", "glyphs": "quickstart --queries 1 --eval-queries 1",
-        "glyphs-anil": "quickstart --queries 1 --eval-queries 1 --algorithm anil",
-        "glyphs-anil-seed1": "quickstart --queries 1 --eval-queries 1 --algorithm anil --seed 1",
-        "other-tasks": "quickstart --queries 1 --eval-queries 1 --eval-seed 5", 
+        "good": "sinusoid --no-compile", "glyphs": "quickstart --queries 1 --eval-queries 1 --model mlp",
+        "glyphs-anil": "quickstart --queries 1 --eval-queries 1 --model mlp --algorithm anil",
+        "glyphs-anil-seed1": "quickstart --queries 1 --eval-queries 1 --model mlp --algorithm anil --seed 1",
+        "other-tasks": "quickstart --queries 1 --eval-queries 1 --model mlp --eval-seed 5", 
         "code": "sinusoid --no-compile --sampler mine.py:lines",
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:

@@ -77,7 +77,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("toolkit.plots.save.draw_run", lambda folder: [])  # figures have tests of their own
         for name, method in (("RUN", "maml"), ("RUN_A", "maml"), ("RUN_B", "anil")):
-            given = short | {"queries": 1, "eval_queries": 1, "model": "conv4-32"}
+            given = short | {"queries": 1, "eval_queries": 1, "model": "mlp"}
             quickstart.main(quickstart.Config(algorithm=method, out=place / name, **given))  # type: ignore[arg-type]
     return place
 
