@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from tests.conftest import convolutional, dense, relative, task_batch
@@ -217,3 +218,16 @@ def test_a_recording_keeps_what_writes_in_place() -> None:
     x = torch.arange(3.0)
     replay = record(function, torch.ones(3))
     assert torch.equal(replay(x), torch.tensor([0.0, 2.0, 4.0])) and torch.equal(replay(x), torch.tensor([0.0, 2.0, 4.0]))
+
+
+def test_torch_notes_all_results_in_one_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left alone it makes a mode with a stack trace for each result, which doubles the time that recording takes."""
+    made, plain = list[object](), FakeTensorMode.__init__
+
+    def counted(self: FakeTensorMode, *args: Any, **named: Any) -> None:
+        made.append(self)
+        plain(self, *args, **named)
+
+    monkeypatch.setattr(FakeTensorMode, "__init__", counted)
+    record(lambda x: [(x * 2 + 1).sin()], torch.ones(3))
+    assert len(made) == 1

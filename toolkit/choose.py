@@ -116,13 +116,9 @@ def predicted(learner: Learner, meta: Meta, tasks: Task, plan: Plan, limit: int,
         if cost is not None and cost.bytes <= limit:
             return Row(plan, cost)
         smaller = plan.smaller(total)
-        while (
-            smaller is not None
-            and cost is not None
-            and smaller.memory == plan.memory
-            and cost.bytes / _at_a_time(plan, total) * _at_a_time(smaller, total)
-            > 4 * limit  # a recording holds less than what it was told by
-        ):
+        # By its share of the memory; fourfold, since a recording holds less than the plain plan that told it.
+        most = total if cost is None else 4 * limit / cost.bytes * _at_a_time(plan, total)
+        while smaller is not None and smaller.memory == plan.memory and _at_a_time(smaller, total) > most:
             smaller = smaller.smaller(total)
         if smaller is None:
             needs = "more than there is" if cost is None else f"{cost.bytes / 10**6:,.0f} MB"
