@@ -82,7 +82,7 @@ def test_every_room_is_in_the_picture() -> None:
 
 
 def test_importing_the_toolkit_is_light() -> None:
-    heavy = ["torchvision", "scipy", "matplotlib", "learn2learn", "PIL", "tyro"]
+    heavy = ["torchvision", "scipy", "matplotlib", "learn2learn", "PIL", "tyro", "torch.distributed.tensor"]
     code = f"import toolkit, toolkit.experiment, sys; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"

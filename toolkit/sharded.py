@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils import _pytree as pytree
 
 from toolkit.distributed import Group
@@ -18,6 +16,9 @@ from toolkit.distributed import Group
 
 def split(group: Group, tensor: Tensor) -> Tensor:
     """This process's part of a tensor that all processes have; of one number, all of it."""
+    from torch.distributed.device_mesh import init_device_mesh  # half a second, which only runs in parts shall wait for
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
     mesh = init_device_mesh(tensor.device.type, (group.size,))
     longest = max(range(tensor.dim()), key=lambda dim: tensor.shape[dim], default=None)
     place = Replicate() if longest is None else Shard(longest)
@@ -26,7 +27,7 @@ def split(group: Group, tensor: Tensor) -> Tensor:
 
 def whole(tree: Any) -> Any:
     """A tree with its parts gathered. All processes must call this together."""
-    return pytree.tree_map(lambda leaf: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf, tree)
+    return pytree.tree_map(lambda leaf: leaf.full_tensor() if _is_part(leaf) else leaf, tree)
 
 
 def masters(group: Group, leaves: list[Tensor]) -> list[Tensor]:
@@ -50,5 +51,10 @@ def restored(group: Group, state: dict[str, Any], leaves: list[Tensor]) -> dict[
 def publish(moved: list[Tensor], leaves: list[Tensor]) -> None:
     """The weights as their masters are now, in every process."""
     for master, leaf in zip(moved, leaves, strict=True):
-        if isinstance(master, DTensor):
-            leaf.copy_(master.full_tensor())
+        if _is_part(master):
+            leaf.copy_(whole(master))
+
+
+def _is_part(leaf: Any) -> bool:
+    """Whether it is a `DTensor`, told without the import of its class."""
+    return hasattr(leaf, "full_tensor")
