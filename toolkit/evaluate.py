@@ -45,10 +45,10 @@ def evaluate(
     Nothing is learned and nothing is kept: no graph, no change to the model, to `meta` or to any global random state; memory
     does not grow with `tasks`. With `permutations` P > 1 a task's prediction is the mean probability of P
     adaptations, each with the class labels in another order (Ye & Chao 2022); classification only. `progress` is
-    called with the number of tasks that were just finished. `trace` records the work where no plan is given, which pays from
-    about a hundred tasks of images on. `measures` are more functions like a metric, of any shape, whose means over tasks become
-    `Curve.card`: by default `metrics.MEASURES` for integer targets, none for others. A `group` of processes shares the tasks,
-    and each gets the whole curve.
+    called with the number of tasks that were just finished, after each piece of the plan, in a group after each block. `trace`
+    records the work where no plan is given, which pays from about a hundred tasks of images on. `measures` are more functions
+    like a metric, of any shape, whose means over tasks become `Curve.card`: by default `metrics.MEASURES` for integer targets,
+    none for others. A `group` of processes shares the tasks, and each gets the whole curve.
     """
     if tasks < 1 or steps < 0 or permutations < 1:
         raise UserError(
@@ -60,6 +60,7 @@ def evaluate(
     scores = {name: torch.empty(tasks, steps + 1, dtype=torch.float64) for name in ("loss", "metric")}
     # Few tasks are spread evenly; but what a piece holds decides about rounding, which an ordered group keeps as it is alone.
     size = DRAWN_AT_ONCE if group.ordered else min(DRAWN_AT_ONCE, -(-tasks // group.size))
+    told = progress if group.size == 1 else None
     blocks = [range(tasks)[start : start + size] for start in range(0, tasks, size)]
     for mine in range(0, len(blocks), group.size):
         found: dict[str, Tensor] = {}
@@ -72,7 +73,7 @@ def evaluate(
                 drawn = move(drawn, device)
                 plan = plan or replace(default_plan(_judged(learner), drawn), trace=trace)
                 more = measures_of(learner, drawn) if measures is None else tuple(measures.items())
-                pieces, seconds = judge(learner, plan, steps, permutations, more)(meta, drawn)
+                pieces, seconds = judge(learner, plan, steps, permutations, more)(meta, drawn, told)
                 found = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
                 spent.append(seconds / len(block))
         for block, results in zip(blocks[mine:], group.gathered(found), strict=False):
@@ -81,12 +82,12 @@ def evaluate(
                     scores[name][block.start : block.stop] = values
                 else:
                     card[name] = card.get(name, Spread()).plus(values)
-            if progress:
+            if progress and not told:
                 progress(len(block))
     # The first tasks also warm the caches, so the others tell what a task costs.
     seconds = statistics.median(spent[1:] or spent) if spent else 0.0
-    told = group.gathered((digest.hexdigest()[:16], seconds))[0]
-    return Curve(scores["loss"], scores["metric"], learner.metric_name, told[0], card, told[1])
+    first = group.gathered((digest.hexdigest()[:16], seconds))[0]
+    return Curve(scores["loss"], scores["metric"], learner.metric_name, first[0], card, first[1])
 
 
 def measures_of(learner: Learner, tasks: Task) -> tuple[tuple[str, Loss], ...]:
@@ -107,10 +108,10 @@ def _judged(learner: Learner) -> Learner:
 @lru_cache(maxsize=8)
 def judge(
     learner: Learner, plan: Plan, steps: int, permutations: int, measures: tuple[tuple[str, Loss], ...] = ()
-) -> Callable[[Meta, Task], tuple[list[dict[str, Tensor]], float]]:
-    """A function of (meta, tasks) -> for each piece of them the loss, the metric and the measures by name, of shape (tasks,
-    steps + 1, ...), and the seconds that this took; with its threads and recordings, whose making is not counted, kept for the
-    next call."""
+) -> Callable[..., tuple[list[dict[str, Tensor]], float]]:
+    """A function of (meta, tasks, progress=None) -> for each piece of them the loss, the metric and the measures by name, of
+    shape (tasks, steps + 1, ...), and the seconds that this took; with its threads and recordings, whose making is not counted,
+    kept for the next call. `progress` is called after each piece, with the number of its tasks."""
     judged = {"loss": learner.loss, "metric": learner.metric, **dict(measures)}
 
     @torch.no_grad()
@@ -126,7 +127,9 @@ def judge(
 
     ready: list[tuple[Learner, Runner, Recorder]] = []
 
-    def score(meta: Meta, tasks: Task) -> tuple[list[dict[str, Tensor]], float]:
+    def score(
+        meta: Meta, tasks: Task, progress: Callable[[int], object] | None = None
+    ) -> tuple[list[dict[str, Tensor]], float]:
         with exact_layers(learner):
             if not ready:
                 own, one = _judged(learner), take(tasks, slice(0, 1))
@@ -138,8 +141,11 @@ def judge(
                     recorder.prepare(own, meta, next(plan.pieces(tasks)))
             own, run, recorder = ready[0]
             began = time.perf_counter()
-            found = run(lambda own, piece: recorder(own, meta, piece), plan.pieces(tasks))
-            pieces = [tree_map(Tensor.cpu, piece) for piece in found]  # a GPU is done when its numbers are here
+            pieces = []
+            for found in run(lambda own, piece: recorder(own, meta, piece), plan.pieces(tasks)):
+                pieces.append(tree_map(Tensor.cpu, found))  # a GPU is done when its numbers are here
+                if progress:
+                    progress(len(found["loss"]))
             return pieces, time.perf_counter() - began
 
     return score

@@ -226,7 +226,7 @@ def _train(job: Job) -> Outcome:
                 if last or record.iteration % flags.validate_every == 0:
                     journal.flush()
                     own = job.handed_over(record.meta)
-                    row = {"iteration": record.iteration} | _validate(job, own)
+                    row = {"iteration": record.iteration} | _validate(job, own, quiet)
                     journal.write(row)
                     if learned := rates(record.meta):
                         journal.write({"iteration": record.iteration} | learned)
@@ -263,12 +263,15 @@ def _shown(row: dict[str, float], record: Record, learner: Learner, tasks: int) 
     return shown | ({"accuracy": f"{row['metric']:.3f}"} if learner.metric_name == "accuracy" else {})
 
 
-def _validate(job: Job, meta: Meta) -> dict[str, float]:
+def _validate(job: Job, meta: Meta, quiet: bool) -> dict[str, float]:
     """The validation row, after the steps of training; what pretraining made is judged after those of the test."""
     flags, judging = job.flags, parts.judging(job.flags, job.plan)
     steps = flags.eval_steps if job.learner.pretrain else job.learner.steps
     sizes, trace = (flags.val_tasks, steps, flags.eval_seed, "val"), job.plan.records
-    curve = evaluate(job.learner, meta, job.validation, *sizes, judging, trace=trace, measures={}, group=job.group)
+    with tqdm(total=flags.val_tasks, desc="validate", unit="task", leave=False, delay=2, disable=quiet) as bar:
+        curve = evaluate(
+            job.learner, meta, job.validation, *sizes, judging, bar.update, trace=trace, measures={}, group=job.group
+        )
     means = {
         "val_loss": curve.mean(curve.loss),
         "val_metric": curve.mean(),
