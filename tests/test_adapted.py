@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from tests.conftest import convolutional, named, relative, stirred, task_batch
-from toolkit import Batch, Learner, Meta, UserError, algorithms, files
+from toolkit import Batch, Learner, Meta, UserError, adapted, algorithms, files
 from toolkit.adapted import adapt, fingerprint, load, merged, names, save
 from toolkit.evaluate import calibrate, predictions
 from toolkit.models.adapters import Lora
@@ -156,7 +156,7 @@ def test_damage_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     assert same(load(tmp_path, "a", "base"), tasks["a"]) and f"skipping {newest}, which is damaged" in caplog.text
 
 
-def test_what_cannot_be_stored_or_found_is_a_sentence(tmp_path: Path) -> None:
+def test_what_cannot_be_stored_or_found_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     learner, meta = adapters()
     base, fast = fingerprint(learner, meta), adapt(learner, meta, task().support)
     save(tmp_path, {f"user {i}": fast for i in range(40)}, base)
@@ -182,10 +182,11 @@ def test_what_cannot_be_stored_or_found_is_a_sentence(tmp_path: Path) -> None:
             UserError, match=r"holds tasks adapted from another base \(fingerprint \w{8}\) than this one \(\w{8}\)"
         ):
             call()
-    shard = next(tmp_path.iterdir())
-    shard.write_bytes(shard.read_bytes().replace(b'"format":"1"', b'"format":"2"'))
+    with monkeypatch.context() as later:
+        later.setattr(adapted, "FORMAT", "2")
+        save(tmp_path / "later", {"a": fast}, base)
     with pytest.raises(UserError, match="has format 2, this version reads 1; use the version that wrote it"):
-        names(tmp_path)
+        names(tmp_path / "later")
     with pytest.raises(UserError, match=r"^these weights are 5\.bias, but what adapts is 0\.lora_A\.weight, "):
         merged(learner, meta, {"5.bias": fast["5.bias"]})
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from experiments import big_model_intents
 from experiments.big_model_intents import PRESETS
@@ -29,6 +28,7 @@ from toolkit.plan import Plan
 from toolkit.prefix import Shortened, shortened
 from toolkit.runs.folder import Run
 from toolkit.samplers import Episodes
+from toolkit.task import take
 from toolkit.tree import Params
 from toolkit.tuning import tuned
 
@@ -175,11 +175,11 @@ def test_the_meta_gradient_is_the_same_when_the_front_runs_once(adapts: str) -> 
     assert all("lora_" in name or name.startswith("head.") for name in learner.init().params), "the base is frozen"
     meta = stirred(learner)
 
-    def work(own: Learner, meta: Meta) -> list[Params]:
-        grads, _ = gradient_function.__wrapped__(own, Plan("loop"))(meta, batch)
+    def work(own: Learner, meta: Meta, one: Task) -> list[Params]:
+        grads, _ = gradient_function.__wrapped__(own, Plan("loop"))(meta, one)
         return [grads.params]
 
-    one = pytree.tree_map(lambda tensor: tensor[0], batch)
+    one = take(batch, slice(0, 1))
     assert isinstance(shortened(learner, meta, one, 3, work), Shortened)
     whole = model.body
     whole.sequence = ()  # then only what is behind the body can be cut off

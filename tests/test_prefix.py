@@ -159,27 +159,28 @@ def unlike() -> dict[str, Learner]:
 def test_what_would_not_be_the_same_is_left_alone(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     learner, tasks = unlike()[case], task_batch()
     steps = 0 if case == "no steps" else learner.steps
-    one = take(tasks, slice(0, 1))
 
-    def work(each: Learner, meta: Meta) -> Any:
+    def work(each: Learner, meta: Meta, one: Task) -> Any:
         return engine._unrolled(each, engine.lift_vmap, meta, one)
 
-    own = shortened(learner, learner.init(), take(tasks, 0), steps, work)
+    own = shortened(learner, learner.init(), take(tasks, slice(0, 1)), steps, work)
     if isinstance(own, Shortened):  # cut before the norm
-        assert own.front_names == {"body.0.weight", "body.0.bias"}
+        assert {name for name, _ in own.front.named_parameters()} == {"body.0.weight", "body.0.bias"}
     expected, _ = plainly(monkeypatch, learner, learner.init(), tasks)
     assert relative(meta_gradient(learner, learner.init(), tasks)[0], expected) < 1e-10
 
 
 def test_a_front_with_dropout_draws_masks_at_every_step() -> None:
     learner = algorithms.anil(deep(drop=0.5), inner_steps=2)
-    cut_off = shortened(learner, learner.init(), take(task_batch(), 0), 2, lambda each, meta: list(meta.params.values()))
-    assert isinstance(cut_off, Shortened) and not any("2" in name for name in cut_off.front_names)
-    assert "body.0.weight" in cut_off.front_names
+    one = take(task_batch(), slice(0, 1))
+    cut_off = shortened(learner, learner.init(), one, 2, lambda each, meta, one: list(meta.params.values()))
+    assert isinstance(cut_off, Shortened)
+    names = {name for name, _ in cut_off.front.named_parameters()}
+    assert "body.0.weight" in names and not any("2" in name for name in names)
     functional = Counting(nn.Identity())
     functional.forward = lambda x: F.dropout(x, 0.5)  # type: ignore[method-assign]
     own = algorithms.anil(named(body=nn.Sequential(nn.Linear(3, 4), functional), head=nn.Linear(4, 2)), inner_steps=2)
-    assert shortened(own, own.init(), take(task_batch(), 0), 2, lambda each, meta: []) is own
+    assert shortened(own, own.init(), one, 2, lambda each, meta, one: []) is own
 
 
 def test_a_declared_name_that_is_not_there_is_a_sentence() -> None:

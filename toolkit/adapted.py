@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -35,6 +36,7 @@ from toolkit.tree import Params, under
 
 log = logging.getLogger("toolkit")
 FORMAT = "1"
+NUMBERED = re.compile(r"shard-(\d{6})-")
 
 
 class Shard(NamedTuple):
@@ -101,9 +103,9 @@ def save(folder: Path, tasks: Mapping[str, Params], base: str, dtype: torch.dtyp
         "format": FORMAT, "base": base, "tasks": "\n".join(tasks), "kinds": json.dumps(kinds[0]),
         "sums": " ".join(f"{zlib.crc32(_bytes(row)):x}" for row in small),
     }  # fmt: skip
-    data = to_bytes({"adapted": small}, header)
+    data = to_bytes({"adapted": small}, header | {"seal": _seal(header)})
     folder.mkdir(parents=True, exist_ok=True)
-    number = max([int(shard.path.name.split("-")[1]) for shard in shards], default=0) + 1
+    number = max((int(found[1]) for shard in shards if (found := NUMBERED.match(shard.path.name))), default=0) + 1
     # Two processes may come to the same number, but never to the same name.
     path = folder / f"shard-{number:06d}-{hashlib.sha256(data).hexdigest()[:8]}.safetensors"
     files.replace(path, data)
@@ -118,7 +120,7 @@ def names(folder: Path) -> list[str]:
 def load(folder: Path, name: str, base: str) -> Params:
     """The adapted weights of the task called `name`, on the CPU; `base` is the `fingerprint` of what they are for. Raises
     UserError for a name that is not there, weights of another base, and ones that do not match their checksum."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     shard = next((shard for shard in _shards(folder) if name in shard.tasks), None)
     if shard is None:
@@ -128,8 +130,11 @@ def load(folder: Path, name: str, base: str) -> Params:
         raise UserError(f"{folder} holds no adapted task {name!r}{hint} it has {listed(known)}")
     _check_base(shard, base)
     index = shard.tasks.index(name)
-    with safe_open(shard.path, "pt") as file:
-        row = file.get_slice("adapted")[index : index + 1][0].clone()
+    try:
+        with safe_open(shard.path, "pt") as file:
+            row = file.get_slice("adapted")[index : index + 1][0].clone()
+    except SafetensorError as error:
+        raise UserError(f"{shard.path} is damaged ({error}); adapt {name!r} again and save it") from None
     if zlib.crc32(_bytes(row)) != shard.sums[index]:
         raise UserError(f"task {name!r} in {shard.path} does not match its checksum; adapt it again and save it")
     parts = row.split([math.prod(shape) for _, shape in shard.kinds.values()])
@@ -147,14 +152,22 @@ def _shards(folder: Path) -> Iterator[Shard]:
         try:
             with safe_open(path, "pt") as file:
                 header = file.metadata()
+            if header.pop("seal", None) not in (None, _seal(header)):  # of earlier versions, without
+                raise ValueError("its header does not match its seal")
             if header["format"] != FORMAT:
                 raise UserError(
                     f"{path} has format {header['format']}, this version reads {FORMAT}; use the version that wrote it"
                 )
             sums = [int(word, 16) for word in header["sums"].split()]
             yield Shard(path, header["base"], header["tasks"].split("\n"), sums, json.loads(header["kinds"]))
-        except (SafetensorError, OSError, KeyError, TypeError) as error:
+        except UserError:
+            raise
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             log.warning("skipping %s, which is damaged: %s", path, error)
+
+
+def _seal(header: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
 
 
 def _check_base(shard: Shard, base: str) -> None:

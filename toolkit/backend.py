@@ -144,7 +144,7 @@ def _checked_rule(learner: Learner) -> SGD:
         ("order", learner.order, learner.order in (None, 0), "None or 0"),
         ("inner batch", learner.batch, learner.batch is None, "None"),
         ("batch norm", repr(learner.batch_norm), learner.batch_norm == "batch", "'batch'"),
-        ("number of phases", len(learner.phases), not learner.phases, "0"),
+        ("number of phases", len(learner.phases), not any(changes for _, changes in learner.phases), "0"),
         ("adapting part", ", ".join(learner.adapted_names), _adapts_all(learner) or learner.adapted_names == of_head,
          f"all parameters or those under {head!r}"),
         ("set of parameters with learned rates", "tied", not (learned and tied), "an untied one"),

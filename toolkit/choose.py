@@ -90,7 +90,7 @@ def candidates(learner: Learner, tasks: Task, trace: bool = True, compile: bool 
     """Plans worth a try, the safest first."""
     first = default_plan(learner, tasks)
     found = [first]
-    random = learner.observe(take(tasks, 0).support.x).random
+    random = learner.rehearse(take(tasks, 0))
     if trace and not random:
         found += [Plan(first.map, first.chunk, trace=True)]
         if first.map == "threads":
@@ -222,7 +222,7 @@ def free(tasks: Task) -> int:
 def size(text: str | int) -> int:
     """A number of bytes such as "8GB" or "500 MB". Raises UserError for another text."""
     match = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", str(text))
-    if match is None or match[2].upper() not in UNITS or match[1].count(".") > 1 or not float(match[1]) > 0:
+    if match is None or match[2].upper() not in UNITS or match[1].count(".") > 1 or not float(f"0{match[1]}") > 0:
         raise UserError(f"a memory budget of {text!r}; give a positive number and a unit, as in 8GB or 500MB")
     return int(float(match[1]) * UNITS[match[2].upper()])
 

@@ -154,7 +154,7 @@ def adapting_operations(learner: Learner, task: Task, steps: int, meta: Meta | N
 
 def _along(counted: Callable[[int], int | None], learner: Learner, steps: int) -> int | None:
     """The operations of `steps` inner steps. Of many that are alike, as our own parts make them, a few tell those of all."""
-    alike = learner.order in (None, 0) and learner.batch is None and not learner.phases
+    alike = learner.order in (None, 0) and learner.batch is None and not any(changes for _, changes in learner.phases)
     if alike and steps > MANY + 2 and all(map(_ours, (learner.rule, learner.inner, learner.start, learner.objective))):
         try:
             few = [counted(MANY + i) for i in range(3)]
@@ -235,10 +235,15 @@ def _with_statistics(learner: Learner, task: Task, meta: Meta) -> Meta:
     return meta._replace(stats={name: tensor for each in seen for name, tensor in each.items()})
 
 
+def _nothing(learner: Learner, meta: Meta, one: Task) -> list[Tensor]:
+    return []
+
+
 def _by_engine(learner: Learner, task: Task, steps: int, work: Callable[[Learner], Seen]) -> Seen:
     """The work of the learner that the engine would take, whose front may run once per task. The engine compares numbers to
     know whether it may; here there are none."""
-    own = shortened(learner, Meta({}, {}), task, steps, lambda each, meta: [])
+    one = pytree.tree_map(lambda tensor: tensor.unsqueeze(0), task)
+    own = shortened(learner, Meta({}, {}), one, steps, _nothing)
     try:
         return work(own)
     except Exception:

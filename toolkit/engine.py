@@ -5,7 +5,6 @@ batch, after the sum over its tasks, so gradients of shared parameters are never
 order, so a run repeats bit for bit.
 """
 
-import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +24,8 @@ from toolkit.distributed import Share, added
 from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta, Score
 from toolkit.plan import Plan, default_plan
-from toolkit.prefix import features, shortened, with_features
-from toolkit.recorded import Recorder
+from toolkit.prefix import features, in_double, shortened, with_features
+from toolkit.recorded import Recorder, layout
 from toolkit.task import Task, count, take
 
 
@@ -82,7 +81,7 @@ def gradient_function(learner: Learner, plan: Plan) -> GradientFunction:
             if tasks.support.y.device.type == "cpu":
                 keep_freed_memory() if plan.memory == "unroll" else map_each_tensor()
             one = take(share.sample, slice(0, 1))
-            own = shortened(learner, meta, take(one, 0), learner.steps, lambda each, meta: of_piece(1, each, meta, one))
+            own = shortened(learner, meta, one, learner.steps, partial(of_piece, 1))
             ready.append((own, runner(own, plan)))
         if plan.records:
             pieces = [*plan.pieces(share.sample), *plan.pieces(tasks)]
@@ -98,9 +97,9 @@ def gradient_function(learner: Learner, plan: Plan) -> GradientFunction:
     def gradient(meta: Meta, tasks: Task, share: Share | None = None) -> tuple[Meta, Metrics]:
         share = share or Share(0, count(tasks), added, tasks)
         with exact_layers(learner):
-            if (shapes := tuple(leaf.shape for leaf in pytree.tree_leaves(tasks))) not in prepared:
+            if (key := layout((meta, tasks))[0]) not in prepared:
                 prepare(meta, tasks, share)
-                prepared.add(shapes)
+                prepared.add(key)
             grads, (task_loss, task_metric) = share.fold(pieces_of(meta, tasks, share))
         return grads, Metrics(task_loss.mean(), task_metric.mean(), task_loss, task_metric)
 
@@ -124,12 +123,12 @@ def _laid_out_like(leaf: Tensor, slope: Tensor) -> Tensor:
 
 
 def refuse_random(learner: Learner, plan: Plan, tasks: Task) -> None:
-    """Raises UserError for a model that draws random numbers where the plan cannot repeat them."""
+    """Raises UserError for a learner that draws random numbers where the plan cannot repeat them."""
     cannot = plan.map == "threads" or plan.memory == "recompute" or plan.records
-    if cannot and learner.observe(take(tasks, 0).support.x).random:
+    if cannot and learner.rehearse(take(tasks, 0)):
         raise UserError(
-            "the model draws random numbers (dropout?), which threads, recompute and recorded or compiled code cannot repeat; "
-            "use map 'vmap' or 'loop' with memory 'unroll', no trace and no compile"
+            "the model or a part of the learner draws random numbers (dropout?), which threads, recompute and recorded or "
+            "compiled code cannot repeat; use map 'vmap' or 'loop' with memory 'unroll', no trace and no compile"
         )
 
 
@@ -271,16 +270,3 @@ def _recomputed(learner: Learner, lift: Lift, meta: Meta, tasks: Task, share: in
 
 def _add(a: Any, b: Any) -> Any:
     return pytree.tree_map(torch.add, a, b)
-
-
-def in_double(function: Callable[..., Any], own: Learner, meta: Meta, piece: Task) -> Any:
-    """`function` in float64; None when the model cannot run so (a cast in it, a device without float64)."""
-
-    def double(tensor: Tensor) -> Tensor:
-        return tensor.double() if tensor.is_floating_point() else tensor
-
-    learner = replace(own, model=copy.deepcopy(own.model).double())
-    try:
-        return function(learner, pytree.tree_map(double, meta), pytree.tree_map(double, piece))
-    except (RuntimeError, TypeError):
-        return None

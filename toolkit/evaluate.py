@@ -12,12 +12,12 @@ from torch import Tensor
 
 from toolkit.curve import Curve, Spread
 from toolkit.distributed import ALONE, Group
-from toolkit.engine import Runner, exact_layers, in_double, lift_for, precision, runner
+from toolkit.engine import Runner, exact_layers, lift_for, precision, runner
 from toolkit.errors import UserError
 from toolkit.learner import Learner, Loss, Meta
 from toolkit.metrics import MEASURES, is_of_ways, of_ways, within
 from toolkit.plan import Plan, default_plan
-from toolkit.prefix import features, shortened, with_features
+from toolkit.prefix import features, in_double, shortened, with_features
 from toolkit.recorded import Recorder
 from toolkit.task import Task, TaskSampler, draw, fingerprint, move, take
 from toolkit.tree import Params, tree_map
@@ -134,7 +134,7 @@ def judge(
             if not ready:
                 own, one = _judged(learner), take(tasks, slice(0, 1))
                 work = partial(walk, _label_orders(own, meta, take(tasks, 0), permutations))
-                own = shortened(own, meta, take(tasks, 0), steps, lambda each, meta: [work(each, meta, one)["loss"]])
+                own = shortened(own, meta, one, steps, lambda each, meta, one: [work(each, meta, one)["loss"]])
                 recorder = Recorder(work, False, partial(in_double, work), lambda out: out["loss"])
                 ready.append((own, runner(own, plan), recorder))
                 if plan.records:

@@ -93,7 +93,7 @@ class TaskLoss:
 
     def check(self, learner: Learner) -> None:
         Head().check_layer(learner)
-        if learner.order == 0 and learner.steps:
+        if learner.order == 0 and learner.steps and not learner.phases:  # nor is a part of a training all of it
             raise UserError("a learned inner loss gets no gradient in first order; use order second or truncated:k")
 
     def learned(self, learner: Learner, params: Params) -> Params:

@@ -17,10 +17,10 @@ from torch.utils import _pytree as pytree
 
 from toolkit.errors import UserError
 from toolkit.metrics import accuracy
-from toolkit.modules import copy_modules, select, without_head
+from toolkit.modules import copy_modules, places, select, without_head
 from toolkit.norms import Norms, batch_norms, check_policy
 from toolkit.outer import PLAIN, Outer
-from toolkit.task import Batch, Input, Padded, Task, minibatch
+from toolkit.task import Batch, Input, Padded, Task, minibatch, random_states
 from toolkit.tree import Params, Selection, detach, under
 
 if TYPE_CHECKING:
@@ -115,6 +115,7 @@ class Learner:
     pretrain: "Learner | None" = None
     adapted_names: tuple[str, ...] = field(init=False, repr=False)
     headless: nn.Module | None = field(init=False, repr=False)
+    seen: dict[Any, Any] = field(init=False, repr=False, default_factory=dict)  # what was found out once
 
     def __post_init__(self) -> None:
         if self.steps < 0:
@@ -154,8 +155,8 @@ class Learner:
 
     def at(self, progress: float) -> "Learner":
         """The learner that trains after this fraction of all iterations, by its `phases`."""
-        begun = [i for i, (first, _) in enumerate(self.phases) if first <= progress]
-        return _phase(self, begun[-1]) if begun else self
+        begun = [(first, i) for i, (first, _) in enumerate(self.phases) if first <= progress]
+        return _phase(self, max(begun)[1]) if begun else self
 
     def inherit(self, meta: Meta) -> Meta:
         """This learner's meta-parameters with all weights of `meta` that have a parameter of the same name and shape here."""
@@ -200,8 +201,9 @@ class Learner:
         self, model: nn.Module, meta: Meta, fast: Params, x: Input, support_x: Input | None, k: int
     ) -> tuple[Tensor, Norms, Params]:
         params, policy, first = {**meta.params, **fast}, self.batch_norm, None
+        names = self.seen.get(model) or self.seen.setdefault(model, places(model, self.model))
         # Cloned, so that a module which updates a buffer cannot carry state from one task to the next.
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        buffers = {names[place]: buffer.clone() for place, buffer in model.named_buffers()}
         if policy.startswith("per_step"):
             k = min(k, self.steps)
             params |= under(f"norm{k}/", meta.learned)
@@ -213,14 +215,10 @@ class Learner:
             x = pytree.tree_map(lambda s, q: torch.cat([s, q]), support_x, x)
         x, real = x if isinstance(x, Padded) else (x, None)
         inputs = ((), x) if isinstance(x, dict) else ((x,), {})
-        with Norms(policy, first, real) as norms:
-            return functional_call(model, self._own(model, {**buffers, **params}), *inputs)[first:], norms, buffers
-
-    def _own(self, model: nn.Module, tensors: Params) -> Params:
-        """Those of the tensors that `model` has, which may be a part of the learner's model."""
-        if model is not self.headless:
-            return tensors
-        return {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{self.head}.")}
+        with Norms(policy, first, real, pytree.tree_leaves(x)[0].shape[0]) as norms:
+            given = buffers | params
+            own = {place: given[name] for place, name in names.items() if name in given}
+            return functional_call(model, own, *inputs, tie_weights=False)[first:], norms, buffers
 
     def _statistics(self, meta: Meta, k: int) -> Params:
         if not meta.stats and batch_norms(self.model):
@@ -235,13 +233,10 @@ class Learner:
     @torch.no_grad()
     def observe(self, x: Input) -> "Observed":
         """What one forward pass shows."""
-        meta = self.init()
         with torch.random.fork_rng():
-            before = torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())
+            before, meta = random_states(), self.init()
             _, norms, _ = self._run(self.model, meta, {}, x, None, 0)
-            after = torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())
-        random = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
-        return Observed(random, bool(norms.seen), norms.attention)
+            return Observed(random_states() != before, bool(norms.seen), norms.attention)
 
     @property
     def metric_name(self) -> str:
@@ -253,14 +248,19 @@ class Learner:
         fast = self.start(self, meta, support)
         return Carry(fast, self.rule.init(fast))
 
-    def rehearse(self, task: Task) -> None:
-        """Walks one step and scores it, for the errors that only data can show. Nothing is kept. Raises UserError for a model
-        that fails on such a task."""
+    def rehearse(self, task: Task) -> bool:
+        """Whether it draws random numbers: walks one step and scores it, once, which also shows the errors that only data can.
+        Raises UserError for a model that fails on such a task."""
+        if "random" in self.seen:
+            return bool(self.seen["random"])
         try:
             with torch.no_grad(), torch.random.fork_rng():
-                meta = self.init()
+                before, meta = random_states(), self.init()
                 *_, fast = self.path(meta, task.support, min(self.steps, 1))
-                self.assess(meta, fast, task)
+                seen = None if self.batch_norm == "per_step" else task.support.x  # whose statistics may be still to come
+                prediction = self.predict(meta, fast, task.query.x, seen)
+                _ = self.loss(prediction, task.query.y), self.metric(prediction, task.query.y)
+                self.seen["random"] = random_states() != before
         except UserError:
             raise
         except Exception as error:  # whatever the model of a user raises
@@ -269,6 +269,7 @@ class Learner:
                 f"{self.name} cannot take a step on these tasks with this model ({type(error).__name__}: {said}); `toolkit "
                 "doctor --model NAME` looks for the cause, and --debug shows where it is"
             ) from error
+        return bool(self.seen["random"])
 
     def step(self, meta: Meta, carry: Carry, support: Batch, k: int) -> Carry:
         """The next point of the path: step `k` = 0, 1, ... of the rule on the inner loss."""
@@ -296,4 +297,5 @@ class Learner:
 
 @lru_cache(maxsize=8)
 def _phase(learner: Learner, index: int) -> Learner:
-    return replace(learner, phases=(), **learner.phases[index][1])
+    # With one phase, by which the check of a part knows that this is not all of the training.
+    return replace(learner, **{"phases": ((0.0, {}),)} | dict(learner.phases[index][1]))

@@ -15,15 +15,23 @@ from toolkit.errors import UserError
 def accuracy(prediction: Tensor, y: Tensor) -> Tensor:
     """The fraction of right classes; `prediction` has shape (examples, classes), `y` (examples,)."""
     if y.is_floating_point():
-        raise UserError("accuracy needs integer classes, but y holds floats; for regression pass metric=squared_error")
-    right = (prediction.argmax(-1) == y).to(prediction.dtype)
+        raise UserError(
+            "accuracy needs integer classes, but y holds floats; for regression pass loss=squared_error, metric=squared_error"
+        )
+    # Counted in float32 at least: bfloat16 knows no number between 256 and 258.
+    right = (prediction.argmax(-1) == y).to(torch.promote_types(prediction.dtype, torch.float32))
     return right.sum() / (y >= 0).sum().clamp(min=1)
 
 
 def cross_entropy(prediction: Tensor, y: Tensor) -> Tensor:
     """The mean cross entropy of logits (examples, classes) against classes (examples,); 0 where no example has a label, as may
-    be in a minibatch of a semi-supervised support set."""
+    be in a minibatch of a semi-supervised support set. Floats as targets are probabilities of classes, (examples, classes)."""
     if y.is_floating_point():
+        if prediction.shape != y.shape or y.shape[-1] < 2:
+            raise UserError(
+                f"cross entropy needs integer classes or their probabilities, but y has floats of shape {tuple(y.shape)}; for "
+                "regression pass loss=squared_error, metric=squared_error"
+            )
         return torch.nn.functional.cross_entropy(prediction, y)
     return torch.nn.functional.cross_entropy(prediction, y, reduction="sum") / (y >= 0).sum().clamp(min=1)
 
@@ -45,8 +53,8 @@ def brier(prediction: Tensor, y: Tensor) -> Tensor:
 
 def by_class(prediction: Tensor, y: Tensor) -> Tensor:
     """The accuracy of each class position, shape (classes,); NaN for a class without examples."""
-    classes = _one_hot(y, prediction.shape[-1], prediction.dtype)
-    right = (prediction.argmax(-1) == y).to(prediction.dtype)
+    kind = torch.promote_types(prediction.dtype, torch.float32)
+    classes, right = _one_hot(y, prediction.shape[-1], kind), (prediction.argmax(-1) == y).to(kind)
     return right @ classes / classes.sum(0)
 
 

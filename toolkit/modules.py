@@ -89,9 +89,30 @@ def without_head(model: nn.Module, head: str) -> nn.Module | None:
 
 
 def copy_modules(model: nn.Module) -> nn.Module:
-    """A copy of the module tree that shares the tensors of `model`. Swapping parameters in it leaves `model` alone."""
+    """A copy of the module tree that shares the tensors of `model`. Swapping parameters in it leaves `model` alone. Raises
+    UserError for a layer that cannot be copied."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)
+    try:
+        return copy.deepcopy(model, shared)
+    except RuntimeError as error:  # of tensors that a layer computed and keeps
+        raise UserError(
+            f"a layer of the model cannot be copied ({str(error).splitlines()[0]}); for torch.nn.utils.weight_norm use "
+            "torch.nn.utils.parametrizations.weight_norm"
+        ) from error
+
+
+def places(part: nn.Module, model: nn.Module) -> dict[str, str]:
+    """For each place of a tensor in `part`, which is `model` or a copy of a part of it: the name of the tensor in `model`.
+
+    A tensor at several places has one name. A module at several places counts once: to swap its tensors twice would put the
+    swapped ones back."""
+    names = {id(tensor): name for name, tensor in (*model.named_buffers(), *model.named_parameters())}
+    own = (
+        (f"{path}.{key}".lstrip("."), t)
+        for path, m in part.named_modules()
+        for key, t in (*m._parameters.items(), *m._buffers.items())
+    )
+    return {place: names.get(id(tensor), place) for place, tensor in own if tensor is not None}
 
 
 # Layers that only look at their input in another shape: a part of a model that has no others is free.
@@ -140,7 +161,7 @@ def _chain(module: nn.Module, name: str, uses: Counter[int]) -> Iterator[tuple[s
     if names is None:
         yield name, module
         return
-    known = dict(module.named_modules())
+    known = dict(module.named_modules(remove_duplicate=False))
     for entry in names:
         if entry not in known or not entry:
             children = ", ".join(child for child, _ in module.named_children()) or "none"

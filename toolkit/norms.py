@@ -43,11 +43,14 @@ TRANSDUCTIVE = ("batch", "per_step_batch")
 
 class Norms(TorchFunctionMode):
     """While active, replaces torch's batch, layer and instance norm. Batch norm follows `policy`; with `support_count` only
-    the first so many examples of a batch give its statistics, and with `real` (examples,) only those where it holds.
+    the first so many of all `examples` give its statistics, and with `real` (examples,) only those where it holds.
     `seen` lists afterwards whether there was a batch norm, and `attention` says whether there was torch's attention."""
 
-    def __init__(self, policy: str, support_count: int | None = None, real: Tensor | None = None) -> None:
+    def __init__(
+        self, policy: str, support_count: int | None = None, real: Tensor | None = None, examples: int | None = None
+    ) -> None:
         super().__init__()
+        self.examples = examples
         self.policy, self.support_count, self.real = policy, support_count, real
         self.seen: list[tuple[Tensor | None, Tensor, Tensor]] = []
         self.attention = False
@@ -59,6 +62,8 @@ class Norms(TorchFunctionMode):
             self.attention = True
         if func is F.batch_norm:
             return self._batch_norm(*args, **(kwargs or {}))
+        if func is torch.batch_norm:
+            return self._batch_norm(*_in_order(*args, **(kwargs or {})))
         if func is torch.conv2d and _is_plain(*args, **(kwargs or {})):
             return kernels.conv2d(*args, **(kwargs or {}))
         return _REPLACED.get(func, func)(*args, **(kwargs or {}))
@@ -84,6 +89,11 @@ class Norms(TorchFunctionMode):
             assert running_mean is not None and running_var is not None
             mean, variance = running_mean.view(shape), running_var.view(shape)
         else:
+            if self.support_count is not None and len(input) != self.examples:
+                raise UserError(
+                    f"batch norm got {len(input)} examples where the task has {self.examples}, so which are of the support set "
+                    "is unknown; a model that splits or folds its inputs takes the policy 'batch' or 'running'"
+                )
             axes, part = [0, *range(2, input.dim())], input[: self.support_count]
             variance, mean = _statistics(part, axes) if self.real is None else _weighted(part, axes, self.real)
         self.seen.append((running_mean, mean, variance))
@@ -115,6 +125,42 @@ def _instance_norm(
     return _affine(input, mean, variance, eps, weight, bias, shape)
 
 
+def _in_order(
+    input: Tensor,
+    weight: Any,
+    bias: Any,
+    running_mean: Any,
+    running_var: Any,
+    training: bool,
+    momentum: float,
+    eps: float,
+    *rest: Any,
+) -> tuple[Any, ...]:
+    """The arguments of `torch.batch_norm` and `torch.instance_norm` in the order of `F.batch_norm` and `F.instance_norm`."""
+    return input, running_mean, running_var, weight, bias, training, momentum, eps
+
+
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Under vmap, torch 2.14 keeps the row of the filling from the gradient in the first task alone."""
+    if max_norm is not None or scale_grad_by_freq:
+        raise UserError(
+            "an embedding with max_norm changes its weights while it reads them, and one with scale_grad_by_freq has another "
+            "gradient than its derivative; make it without"
+        )
+    found = F.embedding(input, weight)
+    if padding_idx is None:
+        return found
+    return torch.where((input == padding_idx % weight.shape[0]).unsqueeze(-1), found.detach(), found)
+
+
 def _is_plain(input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, *rest: Any) -> bool:
     """Whether a convolution is of a batch of images, with its padding in numbers: the rest is left to torch."""
     return input.dim() == 4 and not isinstance(padding, str)
@@ -130,6 +176,11 @@ def _adaptive_average(input: Tensor, output_size: Any) -> Tensor:
 _REPLACED: dict[Any, Callable[..., Any]] = {
     F.layer_norm: _layer_norm,
     F.instance_norm: _instance_norm,
+    torch.layer_norm: lambda input, shape, weight=None, bias=None, eps=1e-5, *rest: _layer_norm(
+        input, shape, weight, bias, eps
+    ),
+    torch.instance_norm: lambda *args, **kwargs: _instance_norm(*_in_order(*args, **kwargs)),
+    F.embedding: _embedding,
     F.adaptive_avg_pool2d: _adaptive_average,
     F.hardsigmoid: lambda x, inplace=False: (x / 6 + 0.5).clamp(0, 1),  # torch's own has no second derivative
 }

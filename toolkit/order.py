@@ -26,16 +26,19 @@ def with_order(learner: Learner, order: str) -> Learner:
         kind in ("truncated", "annealed")
     }:
         raise unknown("order", str(order), ORDERS)
+    phases = tuple((first, {key: v for key, v in changes.items() if key != "order"}) for first, changes in learner.phases)
     if kind == "first":
-        return replace(learner, order=0)
+        return replace(learner, order=0, phases=phases)
     if kind == "truncated":
         if not number.isdecimal():
             raise UserError(f"order {order!r}: give the number of last inner steps that are of second order, as truncated:2")
-        return replace(learner, order=int(number))
+        return replace(learner, order=int(number), phases=phases)
     if kind == "annealed":
         if not number.replace(".", "", 1).isdecimal() or not 0 <= float(number) <= 1:
             raise UserError(f"order {order!r}: give the fraction of the training that is of first order, as annealed:0.3")
-        return replace(learner, phases=((0.0, {"order": 0}), (float(number), {})))
+        if phases:
+            raise UserError(f"{learner.name} has phases of its own, between which order {order!r} would stand; take it without")
+        return replace(learner, order=None, phases=((0.0, {"order": 0}), (float(number), {})))
     if kind == "implicit":
         return replace(learner, rule=Proximal(learner.rule), objective=Implicit(), order=0)
-    return learner
+    return replace(learner, order=None, phases=phases)

@@ -250,7 +250,7 @@ def _with_weights(model: nn.Module, pretrained: str | None, name: str) -> nn.Mod
 def plan(flags: Flags, learner: Learner, training: TaskSampler) -> Plan:
     """The plan that the flags ask for, or the fastest of some; a run that is resumed keeps the one it began with."""
     tasks = move(draw(training, flags.tasks, flags.seed), flags.device)
-    random = learner.observe(take(tasks, 0).support.x).random
+    random = learner.rehearse(take(tasks, 0))
     if flags.map == "auto" and flags.chunk is None and flags.memory == "unroll" and flags.autocast is None:
         return choose(learner, tasks, flags.budget, None, flags.trace, flags.compile, flags.iterations)
     found = default_plan(learner, tasks) if flags.map == "auto" else Plan(flags.map)

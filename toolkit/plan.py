@@ -98,7 +98,7 @@ class Plan:
         if self.map == "threads" and self.workers != 1:
             return replace(self, workers=1)
         # Unrecorded: the recording of recomputed steps needs the memory that is short.
-        return replace(self, memory="recompute", trace=False) if self.memory == "unroll" else None
+        return replace(self, memory="recompute", trace=False, compile=False) if self.memory == "unroll" else None
 
 
 def default_plan(learner: Learner, tasks: Task) -> Plan:
@@ -112,7 +112,7 @@ def default_plan(learner: Learner, tasks: Task) -> Plan:
         return Plan("loop")
     convolutional = any(isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) for module in modules)
     on_cpu = tasks.support.y.device.type == "cpu"
-    if not on_cpu or not convolutional or learner.observe(take(tasks, 0).support.x).random:  # which threads cannot repeat
+    if not on_cpu or not convolutional or learner.rehearse(take(tasks, 0)):  # which threads cannot repeat
         return Plan("vmap")
     pixels = sum(leaf.numel() for leaf in pytree.tree_leaves((tasks.support.x, tasks.query.x))) // count(tasks)
     return Plan("threads", chunk=max(1, min(8, PIXELS_PER_PIECE // pixels)))

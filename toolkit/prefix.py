@@ -4,8 +4,10 @@
 then goes back through the front once too, with the sum of what all steps send.
 """
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from math import inf, isnan, nan
 from typing import Any
 
 import torch
@@ -19,10 +21,12 @@ from toolkit.modules import cut, without_head
 from toolkit.objectives import last_step
 from toolkit.rules import Frozen
 from toolkit.starts import inherited
-from toolkit.task import Batch, Input, Padded, Task
+from toolkit.task import Batch, Input, Padded, Task, take
 from toolkit.tree import Params, tree_map
 
 Features = tuple[Tensor, Tensor]
+# How far apart two results that are the same may be, by their length: in float64; in less; in less where there is no float64.
+SAME, NEAR, ROUNDED = 1e-8, 1e-5, 1e-2
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +36,6 @@ class Shortened(Learner):
 
     front: nn.Module = field(init=False, repr=False)
     back: nn.Module = field(init=False, repr=False)
-    front_names: frozenset[str] = field(init=False, repr=False)
-    back_names: frozenset[str] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,8 +43,6 @@ class Shortened(Learner):
         assert parts is not None, "shortened makes no such learner of a model without a front"
         for name, part in zip(("front", "back"), parts, strict=True):
             object.__setattr__(self, name, part)
-            own = (*part.named_parameters(remove_duplicate=False), *part.named_buffers(remove_duplicate=False))
-            object.__setattr__(self, f"{name}_names", frozenset(key for key, _ in own))
         object.__setattr__(self, "headless", without_head(self.back, self.head))
 
     def features(self, meta: Meta, task: Task) -> Features:
@@ -58,10 +58,6 @@ class Shortened(Learner):
         if self.order is not None and k < self.steps - self.order:
             support = pytree.tree_map(torch.Tensor.detach, support)
         return super().step(meta, carry, support, k)
-
-    def _own(self, model: nn.Module, tensors: Params) -> Params:
-        names = self.front_names if model is self.front else self.back_names
-        return {name: tensor for name, tensor in super()._own(model, tensors).items() if name in names}
 
 
 def features(learner: Learner, meta: Meta, task: Task) -> Features | tuple[()]:
@@ -80,14 +76,29 @@ def _filled(x: Input, features: Tensor) -> Input:
     return Padded(features, x.real) if isinstance(x, Padded) else features
 
 
-def shortened(learner: Learner, meta: Meta, task: Task, steps: int, work: Callable[[Learner, Meta], Any]) -> Learner:
+def in_double(function: Callable[..., Any], own: Learner, meta: Meta, piece: Task) -> Any:
+    """`function(own, meta, piece)` in float64; None when the model cannot run so (a cast in it, a device without float64)."""
+
+    def double(tensor: Tensor) -> Tensor:
+        return tensor.double() if tensor.is_floating_point() else tensor
+
+    learner = replace(own, model=copy.deepcopy(own.model).double())
+    try:
+        return function(learner, pytree.tree_map(double, meta), pytree.tree_map(double, piece))
+    except (RuntimeError, TypeError):
+        return None
+
+
+def shortened(learner: Learner, meta: Meta, one: Task, steps: int, work: Callable[[Learner, Meta, Task], Any]) -> Learner:
     """The learner that runs the front of the model once per task, where that is possible and the same; else `learner`.
 
     Not the same are a front that treats steps or minibatches apart (`_parts` cuts before such layers) or draws random numbers,
     and a start, rule, inner loss or objective that does more with inputs than to hand them to the learner. That cannot be
-    read off a function, so both learners do the `work` to come, say the gradient of `task`, and must agree; `work` returns
-    trees, each compared as a whole. The weights for that are `meta` with noise, so that what starts at 0 counts.
+    read off a function, so both learners do the `work` to come, say the gradient of `one`, a batch of one task, and must agree;
+    `work` returns trees, each compared as a whole. The weights for that are `meta` with noise, so that what starts at 0 counts.
+    What rounding may explain is done again in float64.
     """
+    task = take(one, 0)
     if not steps or type(learner) is not Learner or isinstance(task.support.x, dict) or _parts(learner) is None:
         return learner
     own = Shortened(**{f.name: getattr(learner, f.name) for f in fields(learner) if f.init})
@@ -99,14 +110,22 @@ def shortened(learner: Learner, meta: Meta, task: Task, steps: int, work: Callab
         return learner
     meta = _stirred(meta)
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    found = []
-    for each in (learner, own):
-        with torch.random.fork_rng(devices):
-            try:
-                found.append(work(each, meta))
-            except Exception:  # a part that stumbles over features, or a run whose own error is to come
-                return learner
-    return own if all(map(_equal, *found)) else learner
+
+    def off(double: bool) -> float:
+        """How far apart the results of the two are, by their length; NaN where there is no result in float64."""
+        found = []
+        for each in (learner, own):
+            with torch.random.fork_rng(devices):
+                found.append(in_double(work, each, meta, one) if double else work(each, meta, one))
+        return nan if None in found else max(map(_distance, *found), default=0.0)
+
+    try:
+        rounded = off(False)
+        wide = all(tensor.dtype == torch.float64 for tensor in meta.params.values())
+        exact = 0.0 if rounded <= (SAME if wide else NEAR) else off(True)
+    except Exception:  # a part that stumbles over features, or a run whose own error is to come
+        return learner
+    return own if exact <= SAME or (isnan(exact) and rounded <= ROUNDED) else learner
 
 
 def _parts(learner: Learner) -> tuple[nn.Module, nn.Module] | None:
@@ -136,8 +155,9 @@ def _stirred(meta: Meta) -> Meta:
     return Meta(tree_map(stir, meta.params), tree_map(stir, meta.learned), meta.stats)
 
 
-def _equal(a: Any, b: Any) -> bool:
+def _distance(a: Any, b: Any) -> float:
     ours, theirs = (torch.cat([leaf.reshape(-1) for leaf in pytree.tree_leaves(tree)] or [torch.zeros(1)]) for tree in (a, b))
-    slack = 1e-8 if ours.dtype == torch.float64 else 1e-2
-    same = torch.equal(ours.isnan(), theirs.isnan())  # a loss that is NaN is so by either way
-    return same and bool((ours.nan_to_num() - theirs.nan_to_num()).norm() <= slack * theirs.nan_to_num().norm())
+    if not torch.equal(ours.isnan(), theirs.isnan()):  # a loss that is NaN is so by either way
+        return inf
+    gap, length = float((ours.nan_to_num() - theirs.nan_to_num()).norm()), float(theirs.nan_to_num().norm())
+    return gap / length if gap else 0.0

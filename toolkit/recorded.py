@@ -1,8 +1,8 @@
 """Functions of tensors as recorded operations: traced once, replayed without Python's and autograd's work, or compiled.
 
 What is recorded is what torch runs, derivatives included, so a replay gives the same numbers. A recording holds for one set of
-shapes, and for a function that does the same for all values of its tensors: one that looks at them cannot be recorded, and one
-that draws random numbers should not be.
+shapes, strides and names, and for a function that does the same for all values of its tensors: one that looks at them cannot
+be recorded, and one that draws random numbers should not be.
 """
 
 import logging
@@ -27,7 +27,7 @@ PATIENCE, GLANCE = 120.0, 10.0  # seconds that the compiler gets, and between tw
 
 
 class Recorder:
-    """`function(learner, *trees)` by its recording for each set of shapes that `prepare` was called with; else as it is.
+    """`function(learner, *trees)` by its recording for each `layout` of trees that `prepare` was called with; else as it is.
 
     `prepare` also compares what is `judged` of the first result with that of the function itself, both against `exact`, the
     same in float64 (None where there is none). What cannot be recorded or compiled, or comes out wrong, runs as it is, with a
@@ -41,8 +41,8 @@ class Recorder:
         self.made: dict[Any, Recording | None] = {}
 
     def prepare(self, learner: Any, *trees: Any) -> None:
-        """Records for these shapes, unless it is done. Not for threads: recording is the work of one."""
-        if (key := _shapes(pytree.tree_leaves(trees))) in self.made:
+        """Records for this layout, unless it is done. Not for threads: recording is the work of one."""
+        if (key := layout(trees)[0]) in self.made:
             return
         self.made[key] = None
         step = "recording"
@@ -68,8 +68,8 @@ class Recorder:
     def __call__(self, learner: Any, *trees: Any) -> Any:
         if not self.made:
             return self.function(learner, *trees)
-        leaves = pytree.tree_leaves(trees)
-        recording = self.made.get(_shapes(leaves))
+        key, leaves = layout(trees)
+        recording = self.made.get(key)
         return self.function(learner, *trees) if recording is None else recording.of_leaves(leaves)
 
 
@@ -138,8 +138,11 @@ def compiled(recording: Recording) -> Recording:
     return Recording(fast, recording.result, recording.example)
 
 
-def _shapes(leaves: list[Tensor]) -> tuple[Any, ...]:
-    return tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
+def layout(tree: Any) -> tuple[Any, list[Tensor]]:
+    """What a recording depends on beside values, and the leaves. The structure holds the order of names: equal shapes of others
+    would be taken for one another. Strides are built into views and results."""
+    leaves, structure = pytree.tree_flatten(tree)
+    return (structure, tuple((leaf.shape, leaf.stride(), leaf.dtype, leaf.device) for leaf in leaves)), leaves
 
 
 def difference(found: Any, plain: Any, exact: Any) -> str:

@@ -85,7 +85,10 @@ class SGD(_Plain):
             velocity = {name: self.momentum * state[f"velocity/{name}"] + grad for name, grad in grads.items()}
             state = {f"velocity/{name}": tensor for name, tensor in velocity.items()}
             direction = tree_map(lambda g, v: g + self.momentum * v, grads, velocity) if self.nesterov else velocity
-        rates = {name: learned.get(f"lr/{name}", self.lr) for name in fast}
+        try:
+            rates = {name: learned[f"lr/{name}"] if self.learn else self.lr for name in fast}
+        except KeyError as error:
+            raise UserError(f"the meta-parameters have no learned rate {error}; make them with this learner's init()") from None
         return {name: tensor - rates[name] * direction[name] for name, tensor in fast.items()}, state
 
 
@@ -176,6 +179,10 @@ class Proximal(Wrapped):
 
     lam: float = 2.0
 
+    def __post_init__(self) -> None:
+        if isinstance(self.rule, Proximal):
+            raise UserError("a proximal rule around another one has no meaning; give it once, with the sum of both lam")
+
     def init(self, fast: Params) -> Params:
         return self.rule.init(fast) | {f"anchor/{name}": tensor for name, tensor in fast.items()}
 
@@ -256,11 +263,13 @@ class Groups:
 
     def check(self, names: Iterable[str], steps: int) -> None:
         names = list(names)
-        for pattern, rule in self.rules:
-            group = [name for name in names if matches(name, pattern)]
-            if not group:
+        patterns = [pattern for pattern, _ in self.rules]
+        for pattern in patterns:
+            if not any(matches(name, pattern) for name in names):
                 raise UserError(
                     f"the rule pattern {pattern!r} matches no parameter that adapts; these adapt: {', '.join(names)}"
                 )
+        if after := patterns[[*patterns, "*"].index("*") + 1 :]:
+            raise UserError(f"the rule pattern {after[0]!r} never applies, since '*' before it matches all; put it before '*'")
+        for _, rule, group in self._split(dict.fromkeys(names, torch.empty(0))):
             rule.check(group, steps)
-        self._split(dict.fromkeys(names, torch.empty(0)))

@@ -36,14 +36,17 @@ def masters(group: Group, leaves: list[Tensor]) -> list[Tensor]:
 
 
 def restored(group: Group, state: dict[str, Any], leaves: list[Tensor]) -> dict[str, Any]:
-    """An optimiser's state for these weights, in parts where the group has them so."""
-    if not group.sharded:
-        return state
+    """An optimiser's state for these weights, in parts where the group has them so, and laid out like them."""
 
-    def parts(leaf: Tensor, value: Any) -> Any:
-        return split(group, value) if isinstance(value, Tensor) and value.shape == leaf.shape and leaf.dim() else value
+    def parts(leaf: Tensor, key: str, value: Any) -> Any:
+        # Told by name: the count of steps is one number, as a learned rate is.
+        moment = key != "step" and isinstance(value, Tensor) and value.shape == leaf.shape
+        if not moment or (group.sharded is False and value.stride() == leaf.stride()):
+            return value
+        # In the strides of its weight, with which torch's fused Adam pairs it by place.
+        return split(group, value) if group.sharded else torch.empty_like(leaf).copy_(value)
 
-    own = {i: {key: parts(leaves[i], value) for key, value in each.items()} for i, each in state["state"].items()}
+    own = {i: {key: parts(leaves[i], key, value) for key, value in each.items()} for i, each in state["state"].items()}
     return state | {"state": own}
 
 

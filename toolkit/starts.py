@@ -39,6 +39,7 @@ class Head:
 
     def check(self, learner: Learner) -> None:
         self.check_layer(learner)
+        _check_untied(learner)
         if not self._names(learner) <= set(learner.adapted_names):
             missing = ", ".join(sorted(self._names(learner) - set(learner.adapted_names)))
             raise UserError(f"this method sets the head for each task, but {missing} does not adapt; add it to adapts")
@@ -121,10 +122,21 @@ class Memory:
 
     def check(self, learner: Learner) -> None:
         learner.body()
+        _check_untied(learner)
 
     def __call__(self, learner: Learner, meta: Meta, support: Batch) -> Params:
         features, classes = _embedded(learner, meta, support)
         return {f"{learner.head}.keys": features, f"{learner.head}.values": classes}
+
+
+def _check_untied(learner: Learner) -> None:
+    """Raises UserError for a head that shares a weight with other layers, which would change with it for each task."""
+    own = {id(p) for p in learner.model.get_submodule(learner.head).parameters()}
+    tied = [name for name, p in learner.body().named_parameters(remove_duplicate=False) if id(p) in own]
+    if tied:
+        raise UserError(
+            f"the head {learner.head!r} shares a weight with {tied[0]}, but this method sets it for each task; untie it"
+        )
 
 
 def _embedded(learner: Learner, meta: Meta, support: Batch) -> tuple[Tensor, Tensor]:

@@ -88,14 +88,14 @@ def train(
 
 
 def shared(learner: Learner, plan: Plan, tasks: int, group: Group, sample: Task) -> tuple[range, bool]:
-    """The tasks of a meta-batch of `tasks` that are this process's, and whether the model draws random numbers. Raises
+    """The tasks of a meta-batch of `tasks` that are this process's, and whether the learner draws random numbers. Raises
     UserError where the group cannot share so few, or the plan or the group cannot repeat what is drawn. `sample` are some
     tasks."""
     part = group.part(tasks, plan.size(tasks) if group.ordered else 1)
     refuse_random(learner, plan, sample)
-    random = learner.observe(take(sample, 0).support.x).random
+    random = learner.rehearse(take(sample, 0))
     if random and group.ordered:
-        raise UserError("the model draws random numbers (dropout?), whose order is not that of the tasks; use --reduce fast")
+        raise UserError("the learner draws random numbers (dropout?), whose order is not that of the tasks; use --reduce fast")
     return part, random
 
 
@@ -117,6 +117,11 @@ def _records(
     optimizer = learner.outer.build(moved, meta_lr, fused=not group.sharded)
     if start:
         optimizer.load_state_dict(restored(group, copy.deepcopy(start.optimizer), leaves))
+    try:
+        for fraction, _ in learner.phases:  # each is made now, for its errors
+            learner.at(fraction)
+    except TypeError as error:
+        raise UserError(f"a phase changes what a learner does not have ({error}); name its fields") from None
     device, first = leaves[0].device, start.iteration if start else 0
     sample = move(draw(sampler, tasks, seed, first * tasks), device)
     plan = plan or (ordered if group.ordered else lambda plan: plan)(default_plan(learner, sample))

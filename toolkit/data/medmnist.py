@@ -40,7 +40,7 @@ def _bank(path: Path) -> ClassBank:
     try:
         with zipfile.ZipFile(path) as archive:
             return _pooled(archive, path)
-    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, ValueError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, ValueError, RuntimeError, OSError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(

@@ -128,20 +128,23 @@ def fold(model: nn.Module) -> nn.Module:
             layer, weight, which = module.base_layer, module.in_proj_weight, "in_proj_weight"
         elif isinstance(module, Lora):
             layer, weight, which = module.base_layer, module.weight, "weight"
-            if isinstance(layer, nn.Conv2d):
-                layer.groups = 1
         elif hasattr(module, "get_delta_weight"):
             layer, which = module.get_base_layer(), "weight"  # type: ignore[operator]
             weight = sum((module.get_delta_weight(a) for a in module.active_adapters), layer.weight)  # type: ignore
         else:
             continue
+        layer = copy_modules(layer)  # which may stand at other places too, without an update
         if parametrize.is_parametrized(layer):
             _settle(layer)
         old: nn.Parameter = getattr(layer, which)
         setattr(layer, which, nn.Parameter(weight.detach(), requires_grad=old.requires_grad))
+        if isinstance(module, Lora) and isinstance(layer, nn.Conv2d):
+            layer.groups = 1
         if not name:
             return layer  # type: ignore[no-any-return]
-        result.set_submodule(name, layer)
+        for place, other in list(result.named_modules(remove_duplicate=False)):
+            if other is module:
+                result.set_submodule(place, layer)
     return result
 
 

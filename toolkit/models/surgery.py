@@ -232,5 +232,7 @@ def _exchanged(model: nn.Module, names: list[str], made: Callable[[str, Any], nn
         new = made(name, layer).to(next(layer.parameters()))
         if not name:
             return new
-        result.set_submodule(name, new)
+        for place, module in list(result.named_modules(remove_duplicate=False)):
+            if module is layer:  # one layer may stand at several places
+                result.set_submodule(place, new)
     return result

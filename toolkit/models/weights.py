@@ -57,7 +57,7 @@ def read(path: Path) -> dict[str, Tensor]:
 
     try:
         found = load_file(path) if path.suffix == KINDS[0] else torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, LookupError, EOFError, UnpicklingError, SafetensorError) as error:
         said = re.split(r"(?<=[.?!:]) ", " ".join(str(error).split()))[0].rstrip(".:")
         raise UserError(f"{path} is no file of weights ({type(error).__name__}: {said}); save a state dict") from None
     found = next((found[key] for key in WRAPPERS if isinstance(found, dict) and isinstance(found.get(key), dict)), found)

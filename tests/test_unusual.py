@@ -1,0 +1,347 @@
+"""Models, weights and tasks that are legitimate and unusual, each of which was once got wrong without a word."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.conftest import dense, finite_differences, mean_objective, named, relative, stirred, task_batch
+from toolkit import Batch, Learner, Meta, Plan, Task, UserError, algorithms, evaluate, train
+from toolkit.adapted import adapt, load, names, save
+from toolkit.engine import gradient_function
+from toolkit.intervals import paired
+from toolkit.learner import support_loss
+from toolkit.metrics import accuracy, cross_entropy
+from toolkit.models.adapters import fold
+from toolkit.models.surgery import lora
+from toolkit.order import with_order
+from toolkit.prefix import Shortened, shortened
+from toolkit.rules import SGD, Groups, Proximal
+from toolkit.task import take
+
+PLANS = [
+    Plan("vmap"),
+    Plan("vmap", chunk=2),
+    Plan("loop"),
+    Plan("threads", chunk=1, workers=2),
+    Plan("vmap", memory="recompute"),
+    Plan("loop", trace=True),
+    Plan("vmap", trace=True),
+]
+
+
+def gradient(learner: Learner, plan: Plan, meta: Meta, tasks: Task) -> Meta:
+    return gradient_function.__wrapped__(learner, plan)(meta, tasks)[0]  # type: ignore[no-any-return]
+
+
+class Twice(nn.Module):
+    """One layer under two names, as shared embeddings are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.a, self.head = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.b = self.a
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(self.a(self.first(x).tanh()).tanh()).tanh())  # type: ignore[no-any-return]
+
+
+def reused() -> nn.Module:
+    act, layer = nn.Tanh(), nn.Linear(4, 4)
+    return nn.Sequential(nn.Linear(3, 4), act, layer, act, layer, act, nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("make", [Twice, reused])
+def test_a_layer_at_two_places_has_the_exact_gradient(make: Callable[[], nn.Module], plan: Plan) -> None:
+    torch.manual_seed(0)
+    learner, tasks = algorithms.maml(make().double(), inner_steps=2, inner_lr=0.3), task_batch()
+    meta = stirred(learner)
+    expected = finite_differences(mean_objective(learner, tasks), meta)
+    assert relative(gradient(learner, plan, meta, tasks), expected) < 1e-6
+
+
+@pytest.mark.parametrize("adapts", ["*", "head.*"])
+def test_training_leaves_no_weights_in_a_layer_at_two_places(adapts: str) -> None:
+    torch.manual_seed(0)
+    learner = algorithms.maml(Twice().double(), adapts=adapts, inner_steps=1)
+    before = learner.init()
+    losses = []
+    for _ in range(2):
+        *_, last = train(learner, lambda generator: take(task_batch(), 0), iterations=2, tasks=2, meta_lr=0.1)
+        losses.append(last.loss)
+        assert relative(learner.init(), before) == 0
+    assert losses[0] == losses[1]
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.h, self.head = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.head((2 * self.f(a) - self.h(b).sin()).tanh())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("plan", [Plan("vmap", trace=True), Plan("loop", trace=True)], ids=str)
+def test_a_recording_knows_inputs_and_weights_by_name(plan: Plan) -> None:
+    torch.manual_seed(0)
+    learner, plain = algorithms.maml(TwoInputs().double(), inner_steps=1, inner_lr=0.3), task_batch()
+    first, second = (
+        Task(*(batch._replace(x={key: batch.x + (key == "b") for key in order}) for batch in plain)) for order in ("ab", "ba")
+    )
+    meta, compute = stirred(learner), gradient_function.__wrapped__(learner, plan)
+    expected, _ = compute(meta, first)
+    assert relative(compute(meta, second)[0], expected) < 1e-12
+    turned = meta._replace(params=dict(reversed(meta.params.items())))
+    found, _ = compute(turned, first)
+    assert all(relative(found.params[name], slope) < 1e-12 for name, slope in expected.params.items())
+
+
+@pytest.mark.parametrize("plan", [Plan("vmap", trace=True), Plan("loop", trace=True)], ids=str)
+def test_a_recording_holds_for_its_strides(plan: Plan) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Flatten(), nn.Linear(12, 2)).double()
+    learner, tasks = algorithms.maml(model, inner_steps=1, inner_lr=0.3), task_batch(shape=(2, 3, 3))
+    turned = Task(*(b._replace(x=b.x.transpose(-1, -2).contiguous().transpose(-1, -2)) for b in tasks))
+    meta, compute = stirred(learner), gradient_function.__wrapped__(learner, plan)
+    expected, _ = compute(meta, tasks)
+    assert relative(compute(meta, turned)[0], expected) < 1e-12
+    last = {n: p.to(memory_format=torch.channels_last) if p.dim() == 4 else p for n, p in meta.params.items()}
+    found, _ = compute(meta._replace(params=last), tasks)
+    assert relative(found, expected) < 1e-12
+    assert all(found.params[name].stride() == p.stride() for name, p in last.items())
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_the_filling_of_an_embedding_has_no_gradient(plan: Plan) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 2, padding_idx=3), nn.Flatten(), nn.Linear(6, 2)).double()
+    learner = algorithms.maml(model, inner_steps=3, inner_lr=0.5)
+    x = torch.randint(7, (3, 10, 3), generator=torch.Generator().manual_seed(0))
+    y = x.sum(-1) % 2
+    tasks, meta = Task(Batch(x[:, :4], y[:, :4]), Batch(x[:, 4:], y[:, 4:])), stirred(learner)
+    found = gradient(learner, plan, meta, tasks)
+    assert torch.equal(found.params["0.weight"][3], torch.zeros(2, dtype=torch.float64))
+    assert relative(found, gradient(learner, Plan("loop"), meta, tasks)) < 1e-10
+
+
+@pytest.mark.parametrize("settings", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}])
+def test_an_embedding_that_is_no_function_is_refused(settings: dict[str, Any]) -> None:
+    learner = algorithms.maml(nn.Sequential(nn.Embedding(7, 2, **settings), nn.Flatten(), nn.Linear(6, 2)))
+    x, y = torch.randint(7, (2, 4, 3)), torch.randint(2, (2, 4))
+    with pytest.raises(UserError, match=r"^an embedding with max_norm .* make it without$"):
+        gradient(learner, Plan("loop"), learner.init(), Task(Batch(x, y), Batch(x, y)))
+
+
+class Direct(nn.Module):
+    """Norms by the functions of `torch` itself."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.a, self.head = kind, nn.Linear(3, 4), nn.Linear(4, 2)
+        self.weight, self.bias = nn.Parameter(torch.rand(4)), nn.Parameter(torch.rand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if self.kind == "layer":
+            h = torch.layer_norm(h, (4,), self.weight, self.bias)
+        elif self.kind == "batch":
+            h = torch.batch_norm(h, self.weight, self.bias, None, None, True, 0.1, 1e-5, False)
+        else:
+            three = torch.stack([h, h.sin(), h.square()], -1)
+            h = torch.instance_norm(three, self.weight, self.bias, None, None, True, 0.1, 1e-5, False).sum(-1)
+        return self.head(h.tanh())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", ["layer", "batch", "instance"])
+def test_norms_called_as_functions_of_torch_are_exact_too(kind: str) -> None:
+    torch.manual_seed(0)
+    learner, tasks = algorithms.maml(Direct(kind).double(), inner_steps=2, inner_lr=0.3), task_batch()
+    meta = stirred(learner)
+    expected = finite_differences(mean_objective(learner, tasks), meta)
+    assert relative(gradient(learner, Plan("vmap"), meta, tasks), expected) < 1e-6
+
+
+def noisy(learner: Learner, meta: Meta, fast: dict[str, Tensor], support: Batch, k: int) -> Tensor:
+    x = support.x
+    assert isinstance(x, Tensor)
+    return support_loss(learner, meta, fast, support._replace(x=x + 0.3 * torch.randn_like(x)), k)
+
+
+def test_an_inner_loss_that_draws_is_seeded_and_not_recomputed() -> None:
+    torch.manual_seed(0)
+    learner = replace(algorithms.maml(dense(), inner_steps=2, inner_lr=0.5), inner=noisy)
+    with pytest.raises(UserError, match="draws random numbers"):
+        gradient(learner, Plan("loop", memory="recompute"), learner.init(), task_batch())
+    runs = [[r.loss for r in train(learner, lambda g: take(task_batch(), 0), 2, 2, 0.1, plan=Plan("vmap"))] for _ in range(2)]
+    assert runs[0] == runs[1]
+
+
+def test_support_statistics_of_folded_inputs_are_refused() -> None:
+    class Folds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm, self.head = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            n, t, _ = x.shape
+            return self.head(self.norm(self.a(x.reshape(n * t, 3))).tanh().reshape(n, t, 4).mean(1))  # type: ignore[no-any-return]
+
+    tasks = task_batch(shape=(5, 3))
+    for policy in ("batch", "support"):
+        learner = algorithms.maml(Folds().double(), batch_norm=policy)
+        if policy == "batch":
+            assert gradient(learner, Plan("loop"), learner.init(), tasks)
+        else:
+            with pytest.raises(UserError, match=r"^batch norm got 50 examples where the task has 10"):
+                gradient(learner, Plan("loop"), learner.init(), tasks)
+
+
+def test_an_inner_loss_that_uses_inputs_a_little_keeps_the_whole_model() -> None:
+    def decayed(learner: Learner, meta: Meta, fast: dict[str, Tensor], support: Batch, k: int) -> Tensor:
+        x = support.x
+        assert isinstance(x, Tensor)
+        penalty = sum(p.square().sum() for p in fast.values())
+        return support_loss(learner, meta, fast, support, k) + 1e-3 * x.square().mean() * penalty
+
+    body = nn.Sequential(nn.Linear(3, 4), nn.Tanh())
+    learner = replace(algorithms.anil(named(body=body, head=nn.Linear(4, 2)).float(), inner_steps=3), inner=decayed)
+    tasks = Task(*(batch._replace(x=batch.x.float()) for batch in task_batch()))
+
+    def work(each: Learner, meta: Meta, one: Task) -> Any:
+        return [gradient(each, Plan("loop"), meta, one).params]
+
+    one = take(tasks, slice(0, 1))
+    assert shortened(learner, learner.init(), one, 3, work) is learner
+    assert isinstance(shortened(replace(learner, inner=support_loss), learner.init(), one, 3, work), Shortened)
+
+
+def test_metal_trains_by_an_annealed_order() -> None:
+    learner = algorithms.metal(dense(), head="2", inner_steps=2, order="annealed:0.5")
+    losses = [record.loss for record in train(learner, lambda g: take(task_batch(), 0), 4, 2, 0.01)]
+    assert len(losses) == 4
+
+
+@pytest.mark.parametrize(
+    ("phases", "says"),
+    [(((0.0, {}), (0.5, {"order": 7})), "last 7 of 2 inner steps"), (((0.0, {}), (0.5, {"ordr": 1})), "ordr")],
+)
+def test_phases_are_looked_at_before_training(phases: Any, says: str) -> None:
+    learner = replace(algorithms.maml(dense(), inner_steps=2), phases=phases)
+    with pytest.raises(UserError, match=says):
+        next(train(learner, lambda g: take(task_batch(), 0), 4, 2, 0.01))
+
+
+def test_another_order_leaves_nothing_of_the_first() -> None:
+    assert with_order(algorithms.fomaml(dense()), "second").order is None
+    first = with_order(algorithms.maml_plus_plus(dense(), inner_steps=2), "first")
+    assert {first.at(progress).order for progress in (0.0, 0.5, 0.9)} == {0}
+    assert with_order(algorithms.maml(dense(), order="annealed:0.3"), "second").at(0.1).order is None
+    with pytest.raises(UserError, match="has phases of its own"):
+        with_order(algorithms.maml_plus_plus(dense(), inner_steps=2), "annealed:0.3")
+
+
+def test_rules_that_could_not_work_are_refused() -> None:
+    with pytest.raises(UserError, match=r"'2\.\*' never applies"):
+        algorithms.maml(dense(), rule=Groups(("*", SGD(0.1)), ("2.*", SGD(0.5))))
+    with pytest.raises(UserError, match="proximal rule around another"):
+        algorithms.imaml(dense(), rule=Proximal(SGD(0.1)))
+    learner = algorithms.meta_sgd(dense(), inner_steps=1)
+    with pytest.raises(UserError, match=r"no learned rate .*init\(\)"):
+        gradient(learner, Plan("loop"), algorithms.maml(dense()).init(), task_batch())
+    assert Plan("vmap", chunk=1, compile=True).smaller(4) == Plan("vmap", chunk=1, memory="recompute")
+
+
+def test_regression_by_the_loss_of_classes_is_refused() -> None:
+    y = torch.rand(4, 1)
+    for function in (cross_entropy, accuracy):
+        with pytest.raises(UserError, match="pass loss=squared_error, metric=squared_error"):
+            function(torch.rand(4, 1), y)
+    soft = torch.tensor([[0.5, 0.5], [1.0, 0.0]])
+    assert float(cross_entropy(torch.zeros(2, 2), soft)) == pytest.approx(0.6931, abs=1e-4)
+
+
+def test_accuracy_is_counted_and_not_rounded() -> None:
+    prediction = torch.eye(2, dtype=torch.bfloat16)[
+        torch.cat([torch.ones(73, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)])
+    ]
+    assert float(accuracy(prediction, torch.ones(75, dtype=torch.int64))) == pytest.approx(73 / 75, abs=1e-6)
+
+
+@pytest.mark.parametrize("which", ["both", "one"])
+def test_a_layer_at_two_places_is_folded_exactly(which: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 6)
+    model = nn.Sequential(layer, nn.ReLU(), layer, nn.Linear(6, 3))
+    tuned = lora(model, 2, "*", peft=False)
+    if which == "one":  # as a library may wrap it
+        tuned.set_submodule("2", tuned.get_submodule("0").base_layer)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for name, p in tuned.named_parameters():
+            if "lora_B" in name:
+                p.normal_()
+    x = torch.randn(4, 6)
+    with torch.no_grad():
+        assert relative(tuned(x), model(x)) > 0.1
+        assert relative(fold(tuned)(x), tuned(x)) < 1e-6
+    assert tuned.get_submodule("2") is tuned.get_submodule("0") or which == "one"
+
+
+def test_a_head_that_is_tied_is_refused_where_it_is_set() -> None:
+    model = named(head=nn.Linear(5, 5), body=nn.Linear(5, 5))
+    model.body.weight = model.head.weight
+    with pytest.raises(UserError, match=r"^the head 'head' shares a weight with body\.weight"):
+        algorithms.protonet(model)
+
+
+def test_ties_over_seeds_are_ties() -> None:
+    def parts(values: list[float]) -> Tensor:
+        return (torch.tensor(values) / 75).double()
+
+    a = torch.stack([parts([10.0] * 100), parts([12.0] * 100)])
+    found = paired(a, torch.stack([parts([11.0] * 100)] * 2))
+    assert (found.wins, found.ties, found.losses, found.p_sign) == (0, 100, 0, 1.0)
+    better = paired(a + 1 / 75, torch.stack([parts([11.0] * 100)] * 2))
+    assert (better.wins, better.ties) == (100, 0)
+
+
+def test_a_damaged_shard_is_skipped(tmp_path: Path) -> None:
+    first = save(tmp_path, {"a": {"w": torch.ones(2)}}, "x" * 32)
+    save(tmp_path, {"b": {"w": torch.zeros(2)}}, "x" * 32)
+    whole = first.read_bytes()
+    start = whole.index(b"{")
+    for place in range(start, start + 300, 7):
+        data = bytearray(whole)
+        data[place] ^= 2
+        first.write_bytes(bytes(data))
+        assert names(tmp_path) in (["b"], ["a", "b"])
+        with suppress(UserError):
+            assert torch.equal(load(tmp_path, "a", "x" * 32)["w"], torch.ones(2))
+    first.write_bytes(whole)
+    (tmp_path / "shard-backup.safetensors").write_bytes(whole)
+    save(tmp_path, {"c": {"w": torch.ones(2)}}, "x" * 32)
+    assert set(names(tmp_path)) == {"a", "b", "c"}
+
+
+def test_a_layer_that_cannot_be_copied_is_a_sentence() -> None:
+    with pytest.warns(FutureWarning):
+        old = torch.nn.utils.weight_norm(nn.Linear(6, 5))
+    with pytest.raises(UserError, match=r"parametrizations\.weight_norm"):
+        algorithms.maml(named(body=old, head=nn.Linear(5, 3)))
+
+
+def test_evaluation_of_a_layer_at_two_places() -> None:
+    torch.manual_seed(0)
+    learner = algorithms.anil(Twice().double(), inner_steps=1)
+    curve = evaluate(learner, learner.init(), lambda generator: take(task_batch(), 0), tasks=3, steps=2)
+    task = take(task_batch(), 0)
+    fast = adapt(learner, learner.init(), task.support)
+    expected = F.cross_entropy(learner.predict(learner.init(), fast, task.query.x), task.query.y)
+    assert float(curve.loss[0, 1]) == pytest.approx(float(expected), abs=1e-9)
