@@ -107,9 +107,13 @@ def test_weights_are_opened_beside_the_frozen_base_that_they_were_trained_around
     config = quickstart.Config(**again, resume=True)  # type: ignore[arg-type]
     shutil.copy("base2.pt", "base.pt")
     said = r"was trained around other frozen weights than the model has now, body\..* for one; give what it"
-    for attempt in (lambda: evaluated(run, ["--ways", "4"]), lambda: shown(run, 0, []), lambda: quickstart.main(config)):
+    for attempt in (lambda: evaluated(run, ["--ways", "4"]), lambda: shown(run, 0, [])):
         with pytest.raises(UserError, match=said):
             attempt()
+    (run.path / "summary.json").rename(tmp_path / "kept.json")
+    with pytest.raises(UserError, match=said):
+        quickstart.main(config)
+    (tmp_path / "kept.json").rename(run.path / "summary.json")
     folder, _ = evaluated(run, ["--pretrained", "base1.pt", "--overwrite"])
     assert torch.equal(Run(folder).curve.metric, numbers), "the file may lie elsewhere"
     weights, state = checkpoint.load_newest(run.path / "checkpoints") or pytest.fail("no checkpoint")

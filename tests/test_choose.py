@@ -214,6 +214,7 @@ def test_a_run_records_the_plan_that_memory_forced_and_a_resume_keeps_it(
     (tmp_path / "run" / "summary.json").unlink()
     assert run(config(tmp_path / "run", tasks=4, resume=True), "sinusoid", learner, *samplers).summary["plan"]["chunk"] == 2
     (tmp_path / "run" / "plan.json").write_text("{")
+    (tmp_path / "run" / "summary.json").unlink()
     with pytest.raises(UserError, match=r"plan.json is damaged; delete it, and a plan is chosen anew"):
         run(config(tmp_path / "run", tasks=4, resume=True), "sinusoid", learner, *samplers)
 

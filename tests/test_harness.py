@@ -594,6 +594,7 @@ def test_a_resume_trains_on_the_device_of_the_flags(tmp_path: Path, monkeypatch:
         return move(tree, device)
 
     monkeypatch.setattr("toolkit.experiment.move", spy)
+    (tmp_path / "run" / "summary.json").unlink()
     run(replace(flags, resume=True), "x", regression(), TRAINING, VALIDATION, TEST)
     assert any(isinstance(tree, dict) and set(tree) == set(Meta._fields) for tree in moved)
 
@@ -854,3 +855,22 @@ def test_a_run_of_the_first_version_goes_on(tmp_path: Path) -> None:
     found = run(flags("old", resume=True), "images", learner, images, images, images)
     assert torch.equal(found.curve.loss, expected.curve.loss) and untimed(found) == untimed(expected)
     assert found.summary["config_hash"] == expected.summary["config_hash"]
+
+
+def test_a_finished_run_is_not_tested_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = run(config(tmp_path / "run"), "x", regression(), TRAINING, VALIDATION, TEST)
+    before = (first.path / "summary.json").read_bytes()
+    caplog.set_level(logging.INFO, "toolkit")
+    again = run(config(tmp_path / "run", resume=True), "x", regression(), TRAINING, VALIDATION, TEST)
+    assert "is finished already" in caplog.text and (again.path / "summary.json").read_bytes() == before
+
+
+def test_what_is_refused_is_refused_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "other.txt").touch()
+    monkeypatch.setattr("toolkit.experiment._plan", lambda *given: pytest.fail("measures before it refuses"))
+    with pytest.raises(UserError, match="is not a run folder"):
+        run(config(tmp_path / "run"), "x", regression(), TRAINING, VALIDATION, TEST)
+    with pytest.raises(UserError, match="logger"):
+        run(config(tmp_path / "new", logger=("tensorbord",)), "x", regression(), TRAINING, VALIDATION, TEST)
+    assert not (tmp_path / "new").exists()

@@ -49,8 +49,8 @@ TOOL = [
     ("plot old --kind reliability", r"old"),
     # comparison
     ("compare good", r"the runs given are one method, maml; give runs of at least two"),
-    ("compare glyphs good", r"the runs were tested on 2 different lists of tasks; give them the same --eval-seed"),
-    ("compare glyphs other-tasks", r"the runs were tested on 2 different lists of tasks"),
+    ("compare glyphs good", r"the runs have different metrics \(accuracy, squared error\); compare those of one metric"),
+    ("compare glyphs other-tasks", r"the runs were tested on 2 different lists of tasks; give them the same --eval-seed"),
     ("compare glyphs glyphs-anil-seed1", r"anil was trained with seeds 1 and maml with 0; give the same seeds of both"),
     ("compare glyphs glyphs-anil --step 9", r"tested for 1 inner steps, not 9; choose among 0 to 1"),
     ("compare glyphs no-curve", r"^error: no-curve has no curve\.json"),

@@ -14,6 +14,7 @@ from toolkit.experiment import run
 from toolkit.flags import EpisodeFlags
 from toolkit.metrics import accuracy, cross_entropy, squared_error
 from toolkit.parts import assemble, splits
+from toolkit.runs.folder import Run, size_words
 from toolkit.samplers import AllClasses, Augmented, Episodes, Sinusoid
 from toolkit.task import IGNORED, take
 
@@ -248,3 +249,52 @@ def test_what_does_not_fit_is_one_sentence(case: str) -> None:
     with pytest.raises(UserError, match=sentence) as error:
         assemble(given)
     assert "\n" not in str(error.value)
+
+
+def sized(generator: torch.Generator, shots: int = 10, queries: int = 10, gap: float = 1.0) -> Task:
+    x = torch.randn(shots + queries, 1, generator=generator)
+    return Task(Batch(x[:shots], gap * x[:shots]), Batch(x[shots:], gap * x[shots:]))
+
+
+def two_rings(generator: torch.Generator) -> Task:
+    x, y = torch.randn(8, 2, generator=generator), torch.arange(8) % 2
+    return Task(Batch(x[:4], y[:4]), Batch(x[4:], y[4:]))
+
+
+def test_a_function_of_a_generator_gets_the_sizes_and_settings_that_it_names() -> None:
+    own = replace(sinusoid.Config(), sampler=f"{MODULE}:sized", shots=3, queries=4, eval_queries=5, sampler_args=("gap=2.0",))
+    _, samplers, _ = splits(own)
+    task = take(draw(samplers["test"], 1, 0), 0)
+    assert len(task.support.y) == 3 and len(task.query.y) == 5 and torch.equal(task.query.y, 2 * task.query.x)
+    with pytest.raises(UserError, match="has no setting 'shots'; a function of a generator"):
+        splits(replace(own, sampler_args=("shots=2",)))
+
+
+def test_results_are_labelled_by_the_sizes_that_tasks_have(tmp_path: Path) -> None:
+    short = {"iterations": 1, "tasks": 2, "val_tasks": 2, "eval_tasks": 2, "eval_steps": 1, "compile": False}
+    for name, sampler, words in (("own", "sized", ["3-shot"]), ("rings", "two_rings", [])):
+        kind = replace(sinusoid.Config(), sampler=f"{MODULE}:{sampler}", model="mlp", shots=3, out=tmp_path / name, **short)
+        sinusoid.main(kind)
+        found = Run(tmp_path / name)
+        assert size_words(found.config, found.summary) == words
+    assert size_words({"ways": 5, "shots": 1}, {}) == ["5-way", "1-shot"], "runs of earlier versions did not look"
+
+
+def test_a_test_of_more_ways_than_validation_has() -> None:
+    """Splits that are not needed are not made: here of 7 classes, where the test has 9."""
+    own = flags(sampler=f"{MODULE}:uneven", ways=9, train_ways=7)
+    with pytest.raises(UserError, match="val has 7"):
+        assemble(own)
+    _, _, tasks = assemble(own, needed=("test", "train"))
+    assert int(draw(tasks.test, 1, 0).support.y.max()) == 8
+    with pytest.raises(UserError, match="test has 9"):
+        assemble(replace(own, ways=10), needed=("test", "train"))
+
+
+def uneven(split: str) -> ClassBank:
+    return images(split, classes=9 if split == "test" else 7)
+
+
+def test_a_file_without_a_name_is_told_apart_from_a_short_name() -> None:
+    with pytest.raises(UserError, match=r"names a file; say what to take from it, as in mine\.py:NAME"):
+        splits(replace(sinusoid.Config(), sampler="mine.py"))

@@ -359,7 +359,7 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
     "settings of a function": (
         quickstart,
         "--sampler mine.py:plain --sampler.gap 3",
-        "the sampler mine.py:plain is a function of a generator and has no settings",
+        "the sampler mine.py:plain has no setting 'gap'; a function of a generator has its other arguments for some",
     ),
     "sampler made a number": (quickstart, "--sampler mine.py:flawed", "the sampler mine.py:flawed made a int; return a task"),
     "sampler made a class": (quickstart, "--sampler mine.py:to_class", "the sampler mine.py:to_class made a type"),

@@ -246,7 +246,8 @@ def test_twenty_steps_of_adam_over_adapters_recomputed_are_those_unrolled() -> N
     learner = adapted_by_adam(20)
     meta, tasks = stirred(learner), task_batch(2)
     expected, found = (meta_gradient(learner, meta, tasks, Plan(memory=memory)) for memory in ("unroll", "recompute"))
-    assert relative(found[0], expected[0]) < 1e-10 and torch.equal(found[1].task_loss, expected[1].task_loss)
+    # Not to the last bit: that depends on the processor.
+    assert relative(found[0], expected[0]) < 1e-10 and relative(found[1].task_loss, expected[1].task_loss) < 1e-12
     assert all(bool(g.any()) for g in expected[0].params.values())
 
 

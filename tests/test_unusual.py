@@ -345,3 +345,13 @@ def test_evaluation_of_a_layer_at_two_places() -> None:
     fast = adapt(learner, learner.init(), task.support)
     expected = F.cross_entropy(learner.predict(learner.init(), fast, task.query.x), task.query.y)
     assert float(curve.loss[0, 1]) == pytest.approx(float(expected), abs=1e-9)
+
+
+def test_wrong_objects_are_sentences() -> None:
+    learner = algorithms.maml(dense(), inner_steps=1)
+    *_, record = train(learner, lambda g: take(task_batch(), 0), 1, 2, 0.1)
+    with pytest.raises(UserError, match=r"meta is a Record; give a Meta, as record\.meta is"):
+        evaluate(learner, record, lambda g: take(task_batch(), 0), tasks=1)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="the sampler is a Task; give a function of a generator"):
+        evaluate(learner, record.meta, task_batch(), tasks=1)  # type: ignore[arg-type]
+    assert algorithms.maml(dense(), rule="*: sgd 0.4").rule == Groups(("*", SGD(0.4)))

@@ -43,7 +43,7 @@ NAMED = (  # what neither the name of a run nor the size of its test tells, and 
 log = logging.getLogger("toolkit")
 
 
-def flags_of(run: Run, words: Sequence[str] = (), about: str = "") -> Flags:
+def flags_of(run: Run, words: Sequence[str] = (), about: str = "", prog: str = "toolkit evaluate") -> Flags:
     """The flags that a run was made with, changed by the words of a command line.
 
     Raises UserError for a folder of another kind of experiment, and for names of code that were not typed again.
@@ -60,7 +60,7 @@ def flags_of(run: Run, words: Sequence[str] = (), about: str = "") -> Flags:
     given |= {"data_root": Path(given["data_root"])} if given.get("data_root") else {}
     given |= {"out": None, "resume": False, "overwrite": False, "logger": (), "protocol": None}
     untyped: dict[str, Any] = {key: "" for key in CODE if plugins.is_code(str(given.get(key) or ""), f"{key}s")}
-    flags = tyro.cli(kind, default=kind(**(given | untyped)), args=list(words), prog="toolkit", description=about)
+    flags = tyro.cli(kind, default=kind(**(given | untyped)), args=list(words), prog=prog, description=about)
     for key in untyped:
         if not getattr(flags, key):
             raise UserError(
@@ -74,8 +74,8 @@ def opened(run: Run, words: Sequence[str] = (), about: str = "") -> tuple[Flags,
     """The flags of a run, changed by the words of a command line; its learner, with the weights that were chosen on validation
     tasks; and its tasks. So a new task is adapted to by `adapted.adapt(learner, weights, support)`, and kept by
     `adapted.save`. Raises UserError as `flags_of`, for a run without a checkpoint, and for tasks that it does not fit."""
-    flags = checked(flags_of(run, words, about))
-    flags, learner, tasks = parts.assemble(_as_trained(flags, flags_of(run, _code(words))))
+    flags = checked(flags_of(run, words, about, "toolkit show-task"))
+    flags, learner, tasks = parts.assemble(_as_trained(flags, flags_of(run, _code(words))), needed=("test", "train"))
     learner = experiment.on_device(flags.device, learner)
     return flags, learner, _fitting(run, learner), tasks
 
@@ -99,7 +99,7 @@ def evaluated(run: Run, words: Sequence[str]) -> tuple[Path, dict[str, Any]]:
     flags = _as_trained(flags, kept)
     if flags.sampler != kept.sampler and flags.dataset == kept.dataset:
         flags = replace(flags, dataset=None, dataset_args=())
-    flags, learner, tasks = parts.assemble(flags)
+    flags, learner, tasks = parts.assemble(flags, needed=("test", "train"))
     learner = experiment.on_device(flags.device, learner)
     outcome = replace(_outcome(run), best=_fitting(run, learner))
     config = experiment.configuration(flags, str(run.config.get("experiment", "")), learner)
@@ -141,7 +141,7 @@ def repeated(run: Run, words: Sequence[str]) -> tuple[Path, list[str]]:
             f"that run, or test it again by `{run.summary.get('command')}`"
         )
     _ = run.result, run.curve, run.metrics  # before hours of training
-    flags = flags_of(run, words, repeated.__doc__ or "")
+    flags = flags_of(run, words, repeated.__doc__ or "", "toolkit rerun")
     out = flags.out or run.path.with_name(f"{run.path.name}-again")
     if (out / "summary.json").exists():
         raise UserError(f"{out} is finished already; remove it to repeat the run again, or give another place with --out")

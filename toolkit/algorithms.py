@@ -24,6 +24,7 @@ from toolkit.objectives import reptile as reptile_objective
 from toolkit.order import with_order
 from toolkit.outer import Outer
 from toolkit.plugins import resolve, takes
+from toolkit.rule_line import parse
 from toolkit.rules import SGD, Frozen, PerStep, Proximal, Rule
 from toolkit.starts import BlankHead, Memory, Prototypes, Ridge, SharedHead, inherited, zeros
 from toolkit.tree import Selection
@@ -40,7 +41,7 @@ def maml(
     adapts: Selection = "*",
     metric: Loss = accuracy,
     batch_norm: str = "batch",
-    rule: Rule | None = None,
+    rule: Rule | str | None = None,
     order: str = "second",
     inner_batch: int | None = None,
     outer: Outer | None = None,
@@ -49,8 +50,9 @@ def maml(
 ) -> Learner:
     """Model-agnostic meta-learning with exact second order (Finn et al. 2017, algorithm 2).
 
-    `order` is a word of `toolkit.order`, such as "first" or "truncated:2".
+    `order` is a word of `toolkit.order`, such as "first" or "truncated:2"; `rule` may be a line of `toolkit.rule_line`.
     """
+    rule = parse(rule) if isinstance(rule, str) else rule
     learner = Learner(
         model, loss, adapts, inherited, rule or SGD(inner_lr), inner_steps, last_step, metric, batch_norm,
         batch=inner_batch, outer=outer or Outer(), head=head, name=name,

@@ -61,7 +61,7 @@ def choose(
     (first, *others), ones = candidates(learner, tasks, trace, compile), dict[Plan, Cost]()
     log.info("measuring up to %d plans on the first tasks", 1 + len(others))
     rows = [predicted(learner, meta, tasks, first, limit, ones)]
-    cost, short = rows[0].cost, iterations if budget is None and not compile else None
+    cost, short = rows[0].cost, iterations if budget is None else None
     if short is not None and cost is not None and rows[0].plan == first and cost.seconds * short < WORTH_MEASURING:
         return first
     rows += [predicted(learner, meta, tasks, plan, limit, ones) for plan in others]

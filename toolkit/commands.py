@@ -183,7 +183,7 @@ def plot(arguments: argparse.Namespace) -> int:
         raise unknown("kind of figure", arguments.kind, KINDS)
     if arguments.kind != "adaptation" or arguments.out:
         runs = [opened(path) for path in arguments.runs]
-        print(*save(KINDS[arguments.kind](runs), arguments.out or Path(arguments.kind)), sep="\n")
+        print(*save(KINDS[arguments.kind](runs), _stem(arguments.out or Path(arguments.kind))), sep="\n")
         return 0
     failed = 0
     for path in arguments.runs:
@@ -193,6 +193,11 @@ def plot(arguments: argparse.Namespace) -> int:
             print(f"error: {in_words(error)}", file=sys.stderr)
             failed += 1
     return 2 if failed else 0
+
+
+def _stem(path: Path) -> Path:
+    """A figure's path without the suffix of one of its files."""
+    return path.with_suffix("") if path.suffix in (".png", ".pdf", ".csv") else path
 
 
 def compare(arguments: argparse.Namespace) -> int:

@@ -54,6 +54,9 @@ def evaluate(
         raise UserError(
             f"{tasks} evaluation tasks, {steps} steps, {permutations} label orders; give at least 1 task, 0 steps and 1 order"
         )
+    if not isinstance(meta, Meta) or not callable(sampler):
+        wrong = f"meta is a {type(meta).__name__}; give a Meta, as record.meta is" if not isinstance(meta, Meta) else ""
+        raise UserError(wrong or f"the sampler is a {type(sampler).__name__}; give a function of a generator")
     device = next(iter(meta.params.values())).device
     # Made at once: small results kept between large tasks would leave memory in pieces.
     digest, card, spent = hashlib.sha256(), dict[str, Spread](), list[float]()

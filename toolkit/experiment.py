@@ -26,7 +26,7 @@ from toolkit.flags import Flags
 from toolkit.learner import Learner, Meta
 from toolkit.plan import Plan, ordered
 from toolkit.runs import checkpoint
-from toolkit.runs.folder import NOT_HASHED, Run, config_hash, let_go, prepare, put_back, source_hash, write_json
+from toolkit.runs.folder import NOT_HASHED, Run, config_hash, let_go, prepare, put_back, refuse, source_hash, write_json
 from toolkit.runs.journal import Journal, rates
 from toolkit.runs.loggers import loggers
 from toolkit.runs.summary import Outcome, code_version, command, peak_mb, table
@@ -64,6 +64,14 @@ def run(
         facts(config) | {f"as {name}": " ".join(said) for name, said in beside.items()},
         "start all of them with the same command, on the same code and weights",
     )
+    folder = flags.out or Path("results") / experiment / flags.run_name
+    for name in flags.logger:
+        plugins.resolve(name, "loggers")
+    if group.first(lambda: refuse(folder, config, flags.resume, flags.overwrite)):
+        log.info("%s is finished already", folder)
+        if not group.rank:
+            print(table(Run(folder).result))
+        return Run(folder)
     learner = on_device(flags.device, learner)
     trainee, source = learner, training
     if learner.pretrain:
@@ -77,7 +85,6 @@ def run(
         each.rehearse(task := take(sample, 0))
         if flags.permutations > 1 and task.support.y.is_floating_point():
             raise UserError(f"--permutations {flags.permutations} needs classes, but these tasks are regression; leave it out")
-    folder = flags.out or Path("results") / experiment / flags.run_name
     # Measured where nobody else computes, on as many tasks as each gets.
     plan = group.first(lambda: _plan(replace(flags, tasks=-(-flags.tasks // group.size)), folder, trainee, source))
     if group.ordered:
@@ -87,8 +94,6 @@ def run(
     # What these refuse is refused before anything is written.
     gradient(trainee, plan)
     shared(trainee, plan, flags.tasks, group, sample)
-    for name in flags.logger:
-        plugins.resolve(name, "loggers")
     finished = group.first(lambda: prepare(folder, config, flags.resume, flags.overwrite))
     if not group.rank:
         write_json(folder / "plan.json", asdict(plan))
@@ -106,13 +111,15 @@ def run(
         raise
     traces = {"git": git, "command": command(flags, experiment)} | ({"processes": group.size} if group.size > 1 else {})
     summary = judged(folder, flags, config, learner, outcome, test, chance, traces, group)
-    if group.rank:
-        return finished
-    from toolkit.plots.save import draw_run
 
-    print(table(summary))
-    draw_run(folder)
-    print(f"run folder: {folder} (summary.json, curve.json, adaptation.png, training.png, ...)")
+    def say() -> None:
+        from toolkit.plots.save import draw_run
+
+        print(table(summary))
+        draw_run(folder)
+        print(f"run folder: {folder} (summary.json, curve.json, adaptation.png, training.png, ...)")
+
+    group.first(say)  # for which the others wait: one that ends badly takes all with it
     return finished
 
 
@@ -144,7 +151,7 @@ def _describe(learner: Learner, plan: Plan) -> str:
     params = learner.init().params
     moving = numel(learner.adapted(params))
     return f"{numel(params):,} parameters of which {moving:,} adapt, plan: {plan}" + (
-        " (the first iteration takes tens of seconds)" if plan.compile else ""
+        " (the first iteration takes tens of seconds if it was not compiled before)" if plan.compile else ""
     )
 
 

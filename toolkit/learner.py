@@ -260,7 +260,7 @@ class Learner:
                 seen = None if self.batch_norm == "per_step" else task.support.x  # whose statistics may be still to come
                 prediction = self.predict(meta, fast, task.query.x, seen)
                 _ = self.loss(prediction, task.query.y), self.metric(prediction, task.query.y)
-                self.seen["random"] = random_states() != before
+                return bool(self.seen.setdefault("random", random_states() != before))
         except UserError:
             raise
         except Exception as error:  # whatever the model of a user raises
@@ -269,7 +269,6 @@ class Learner:
                 f"{self.name} cannot take a step on these tasks with this model ({type(error).__name__}: {said}); `toolkit "
                 "doctor --model NAME` looks for the cause, and --debug shows where it is"
             ) from error
-        return bool(self.seen["random"])
 
     def step(self, meta: Meta, carry: Carry, support: Batch, k: int) -> Carry:
         """The next point of the path: step `k` = 0, 1, ... of the rule on the inner loss."""

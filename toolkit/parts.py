@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -55,15 +55,16 @@ class Kind(NamedTuple):
     score: dict[str, Loss]
 
 
-def assemble(flags: F, device: str | None = None) -> tuple[F, Learner, Tasks]:
+def assemble(flags: F, device: str | None = None, needed: Sequence[str] = SPLITS) -> tuple[F, Learner, Tasks]:
     """The learner and tasks of an experiment, and its flags with the names that were settled on the way: the dataset of a
     sampler that draws from one, and a model that fits the tasks where the experiment's own does not.
 
     Losses follow from the tasks: cross entropy and accuracy for integer targets, squared error for others. Raises UserError for
     whatever does not fit, before anything is computed. Test classes that the model was pretrained on are a warning. On the
-    `device` "meta" the model has shapes and no weights.
+    `device` "meta" the model has shapes and no weights. A split that is not `needed` is not made, and "train", which is, stands
+    in its place.
     """
-    flags, samplers, bank = splits(flags)
+    flags, samplers, bank = splits(flags, needed)
     looks = [draw(sampler, LOOKED_AT, flags.seed, split=split) for split, sampler in samplers.items()]
     kind = _kind(list(samplers.values()), looks)
     bank = None if looks[0].support.y.is_floating_point() else bank  # then its classes are no targets
@@ -73,17 +74,18 @@ def assemble(flags: F, device: str | None = None) -> tuple[F, Learner, Tasks]:
         warn_of_overlap(flags.model, network, [name for each in banks_of(samplers["test"]) for name in each.names])
         learner = build(flags, network, bank.classes if bank else None, **kind.score)
     whole = AllClasses(bank, sum(batch.y.shape[1] for batch in looks[0])) if bank else None
-    return flags, learner, Tasks(samplers["train"], samplers["val"], samplers["test"], kind.chance, whole)
+    training, validation, test = (samplers.get(split, samplers["train"]) for split in SPLITS)
+    return flags, learner, Tasks(training, validation, test, kind.chance, whole)
 
 
-def splits(flags: F) -> tuple[F, dict[str, TaskSampler], ClassBank | None]:
+def splits(flags: F, needed: Sequence[str] = SPLITS) -> tuple[F, dict[str, TaskSampler], ClassBank | None]:
     """The flags with the dataset settled, a sampler for each split, and the training classes if the tasks come from a bank."""
     flags, make = named(flags)
     banks = cache(lambda split: _bank(flags, split))
-    made = {split: banks(split) if make is None else _sampler(flags, make, split, banks) for split in SPLITS}
+    made = {split: banks(split) if make is None else _sampler(flags, make, split, banks) for split in needed}
     training = made["train"] if isinstance(made["train"], ClassBank) else banks("train") if flags.dataset else None
     samplers = {split: Episodes(m, **_sizes(flags, split)) if isinstance(m, ClassBank) else m for split, m in made.items()}
-    return flags, {split: _augmented(flags, sampler, split) for split, sampler in samplers.items()}, training
+    return flags, {split: _augmented(flags, samplers[split], split) for split in SPLITS if split in samplers}, training
 
 
 def named(flags: F) -> tuple[F, Any]:
@@ -93,7 +95,7 @@ def named(flags: F) -> tuple[F, Any]:
     if name == "episodes" or (name in datasets and name not in plugins.names("samplers")):
         name = flags.dataset or (own if name == "episodes" else name)
         return replace(flags, sampler=name, dataset=None), None
-    if ":" in name or name in plugins.names("samplers"):
+    if ":" in name or name.endswith(".py") or name in plugins.names("samplers"):
         make = plugins.resolve(name, "samplers")
         if _takes_bank(make):
             if flags.dataset is None and own not in datasets:
@@ -120,13 +122,15 @@ def _bank(flags: Flags, split: str) -> ClassBank:
 
 def _sampler(flags: Flags, make: Any, split: str, banks: Callable[[str], ClassBank]) -> Any:
     what = f"the sampler {flags.sampler}"
-    if _is_sampler(make):
-        if flags.sampler_args:
-            raise UserError(f"{what} is a function of a generator and has no settings; make it a function that returns one")
-        return make
     given = _place(flags, split) | _sizes(flags, split)
     if _takes_bank(make):
         given["bank"] = banks(split)
+    if _is_sampler(make):
+        taken = {key: given[key] for key in plugins.takes(make) if key in given}
+        own = plugins.settings(flags.sampler_args, "--sampler", make)
+        if wrong := sorted(set(own) - (plugins.takes(make) - {"generator", *given})):
+            raise UserError(f"{what} has no setting {wrong[0]!r}; a function of a generator has its other arguments for some")
+        return partial(make, **taken | own) if taken | own else make
     made = plugins.call(make, given, plugins.settings(flags.sampler_args, "--sampler", make), what)
     if isinstance(made, type) or not (callable(made) or isinstance(made, ClassBank)):
         raise UserError(f"{what} made a {type(made).__name__}; return a task sampler or a ClassBank")
@@ -139,7 +143,7 @@ def _is_sampler(make: Any) -> bool:
 
 
 def _takes_bank(make: Any) -> bool:
-    return not _is_sampler(make) and "bank" in plugins.takes(make)
+    return "bank" in plugins.takes(make)
 
 
 def _place(flags: Flags, split: str) -> dict[str, Any]:

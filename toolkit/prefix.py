@@ -53,6 +53,11 @@ class Shortened(Learner):
     def predict(self, meta: Meta, fast: Params, x: Input, support_x: Input | None = None, k: int | None = None) -> Tensor:
         return self._run(self.back, meta, fast, x, support_x, self.steps if k is None else k)[0]
 
+    def rehearse(self, task: Task) -> bool:
+        with torch.no_grad():
+            shown = self.features(self.init(), task)
+        return super().rehearse(with_features(task, shown))
+
     def step(self, meta: Meta, carry: Carry, support: Batch, k: int) -> Carry:
         # A step of first order takes the shared weights for constants, so also what they made of the inputs.
         if self.order is not None and k < self.steps - self.order:

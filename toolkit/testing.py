@@ -18,7 +18,7 @@ from toolkit.learner import Learner, Meta
 from toolkit.metrics import is_of_ways
 from toolkit.runs.folder import write_json
 from toolkit.runs.summary import Outcome, summarise
-from toolkit.task import IGNORED, Padded, TaskSampler, draw, move, take
+from toolkit.task import IGNORED, Padded, Task, TaskSampler, draw, move, take
 
 SHOWN_STEPS = (0, 1, 5, 10)
 
@@ -37,12 +37,12 @@ def judged(
     """Evaluates on the test tasks that the flags ask for, and writes curve.json, example.safetensors and, last, summary.json,
     which is returned. `traces` as in `summarise`. Of a group of processes, all evaluate and the first writes."""
     found: list[Curve] = []
-    sizes = flags.eval_tasks, flags.eval_steps, flags.eval_seed, "test", parts.judging(flags, outcome.plan)
+    asked_for = flags.eval_tasks, flags.eval_steps, flags.eval_seed, "test", parts.judging(flags, outcome.plan)
 
     def work() -> None:
         with tqdm(total=flags.eval_tasks, desc="test", unit="task", disable=group.rank > 0) as bar:
             asked = flags.permutations, outcome.plan.records
-            found.append(evaluate(learner, outcome.best, test, *sizes, bar.update, *asked, group=group))
+            found.append(evaluate(learner, outcome.best, test, *asked_for, bar.update, *asked, group=group))
 
     held = peak(work, flags.device)
     (curve,) = found
@@ -50,6 +50,7 @@ def judged(
         return {}
     first = move(take(draw(test, 1, flags.eval_seed), 0), flags.device)
     write_json(folder / "curve.json", curve.to_json())
+    traces = traces | {"sizes": sizes(first, 1 + getattr(flags, "support_copies", 0))}
     if tensors := example(flags, learner, outcome.best, test):
         from safetensors.torch import save_file
 
@@ -70,6 +71,17 @@ def judged(
     )
     write_json(folder / "summary.json", summary)
     return summary
+
+
+def sizes(task: Task, copies: int = 1) -> dict[str, int | None]:
+    """Ways and shots of a task as its support set shows them, of which each example stands there so many times; None for what
+    differs from class to class, and ways for regression."""
+    y = task.support.y
+    if y.is_floating_point():
+        return {"ways": None, "shots": len(y) // copies}
+    counts = y[y >= 0].bincount()
+    same = len(counts) and bool((counts == counts[0]).all())
+    return {"ways": len(counts), "shots": int(counts[0]) // copies if same else None}
 
 
 def example(

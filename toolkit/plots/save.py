@@ -152,7 +152,7 @@ def draw_run(path: Path) -> list[Path]:
 
     attempt(lambda: {"adaptation": figures.adaptation([run])})
     attempt(lambda: {"reliability": reliability([run])} if measured(run) else {})
-    if not problems and "weights_of" not in run.summary:
+    if not (run.path / "summary.json").exists() or (not problems and "weights_of" not in run.summary):
         attempt(lambda: {"training": figures.training([run])})
         attempt(lambda: {"rates": learned_rates(run)} if any(key.startswith("rate/") for r in run.metrics for key in r) else {})
     attempt(lambda: _example(run))
@@ -164,7 +164,9 @@ def draw_run(path: Path) -> list[Path]:
 
 
 def _example(run: Run) -> dict[str, Figure]:
-    if not (run.path / "example.safetensors").exists():
+    if not (run.path / "summary.json").exists():
+        pass
+    elif not (run.path / "example.safetensors").exists():
         log.info("the tasks of %s have no picture: their inputs have several parts", run.path)
     elif kind := figures.example_kind(run):
         return {kind: figures.example(run)}

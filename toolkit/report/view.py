@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from toolkit.curve import Curve
-from toolkit.runs.folder import Run
+from toolkit.runs.folder import Run, size_words
 
 T = TypeVar("T")
 Column = list[float | None]
@@ -66,8 +66,7 @@ class View:
         """Where the tasks come from, and of what size they are."""
         source = str(self.summary.get("sampler") or self.flag("sampler") or "unknown")
         source += f" of {self.flag('dataset')}" if self.flag("dataset") else ""
-        size = [f"{self.flag(key)}-{unit}" for key, unit in (("ways", "way"), ("shots", "shot")) if self.flag(key) is not None]
-        return source, " ".join(size)
+        return source, " ".join(size_words(self.config, self.summary))
 
 
 def read(run: Run, name: str) -> tuple[View | None, str]:

@@ -91,15 +91,15 @@ def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 def entries(runs: Mapping[str, Sequence[Run]], seedless: Collection[str] = ()) -> list[Entry]:
     """One entry per method. Raises UserError unless all runs were tested on the same tasks, by the same metric."""
+    metrics = {run.curve.metric_name for group in runs.values() for run in group}
+    if len(metrics) != 1:
+        raise UserError(f"the runs have different metrics ({', '.join(sorted(metrics))}); compare those of one metric")
     hashes = {run.curve.task_list_hash for group in runs.values() for run in group}
     if len(hashes) != 1:
         raise UserError(
             f"the runs were tested on {len(hashes)} different lists of tasks; give them the same --eval-seed and size, or test "
             "them anew on one list by `toolkit evaluate`"
         )
-    metrics = {run.curve.metric_name for group in runs.values() for run in group}
-    if len(metrics) != 1:
-        raise UserError(f"the runs have different metrics ({', '.join(sorted(metrics))}); compare those of one metric")
     made = []
     for method, group in runs.items():
         curves = [run.curve for run in group]

@@ -11,7 +11,7 @@ import math
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -171,6 +171,15 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
     replace(path, (json.dumps(data, indent=None if "curve" in path.name else 2, allow_nan=False) + "\n").encode())
 
 
+def size_words(config: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
+    """Ways and shots of the flags in words, where the test tasks were found to be of that size: a sampler that does not take a
+    flag makes tasks of its own size. Runs of earlier versions did not look."""
+    found = summary.get("sizes")
+    told = found if isinstance(found, dict) else config
+    keys = (key for key in ("ways", "shots") if config.get(key) is not None and told.get(key) == config[key])
+    return [f"{config[key]}-{key.removesuffix('s')}" for key in keys]
+
+
 def config_hash(config: dict[str, Any]) -> str:
     """Identifies the part of a configuration that decides the numbers."""
     config = json.loads(json.dumps(config))  # as config.json is read: tuples are lists there
@@ -186,32 +195,47 @@ def source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def prepare(path: Path, config: dict[str, Any], resume: bool, overwrite: bool) -> Run:
-    """The run folder for `config`, made when it is not there. One that is replaced is kept aside until `let_go`.
+def refuse(path: Path, config: dict[str, Any], resume: bool, overwrite: bool) -> bool:
+    """Whether the run that is to be resumed is finished already.
 
     Raises UserError when the folder exists and neither `resume` nor `overwrite` was asked for, when it is no run folder, when
     it was made with another configuration, or is to be replaced and is the working directory.
     """
-    run, place = Run(path), path.resolve()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        if not (path / "config.json").exists():
-            raise UserError(f"{path} exists and is not a run folder; choose another place with --out")
-        if not (resume or overwrite):
-            raise UserError(
-                f"the run folder {path} exists; continue it with --resume, replace it with --overwrite, or choose --out"
-            )
-        if overwrite and not resume:
-            if place in (Path.cwd(), *Path.cwd().parents):
-                raise UserError(f"--overwrite cannot replace {place} from within it; change to another folder first")
+    if not _holds_something(path):
+        return False
+    if not (path / "config.json").exists():
+        raise UserError(f"{path} exists and is not a run folder; choose another place with --out")
+    if not (resume or overwrite):
+        raise UserError(
+            f"the run folder {path} exists; continue it with --resume, replace it with --overwrite, or choose --out"
+        )
+    if resume:
+        check_same(Run(path).config, config, path)
+    elif path.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise UserError(f"--overwrite cannot replace {path.resolve()} from within it; change to another folder first")
+    return resume and (path / "summary.json").exists()
+
+
+def prepare(path: Path, config: dict[str, Any], resume: bool, overwrite: bool) -> Run:
+    """The run folder for `config`, made when it is not there. One that is replaced is kept aside until `let_go`.
+
+    Raises UserError as `refuse`.
+    """
+    refuse(path, config, resume, overwrite)
+    place = path.resolve()
+    if _holds_something(path):
+        if not resume:
             # What is aside already was to be replaced by a run that has saved nothing.
             shutil.rmtree(place) if _aside(path).exists() else place.rename(_aside(path))
-        else:
-            check_same(run.config, config, path)
     elif not path.exists():
         let_go(path)
     place.mkdir(parents=True, exist_ok=True)
     write_json(path / "config.json", config)
     return Run(path)
+
+
+def _holds_something(path: Path) -> bool:
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
 
 
 def let_go(path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from toolkit.errors import UserError, unknown
 from toolkit.files import replace
 from toolkit.runs.comparison import Entry, difference, entries, grouped
-from toolkit.runs.folder import Run
+from toolkit.runs.folder import Run, size_words
 
 COLUMNS = (
     "tasks", "method", "before", "as trained", "at the end", "seeds", "test tasks", "batch norm", "training", "published",
@@ -67,7 +67,7 @@ def of_runs(runs: Sequence[Run]) -> list[Row]:
     for name, group in grouped(runs).items():
         (entry,) = entries({name: group})
         config, summary = group[0].config, group[0].summary
-        size = f", {config['ways']}-way {config['shots']}-shot" if "ways" in config else f", {config.get('shots')}-shot"
+        size = f", {' '.join(words)}" if (words := size_words(config, summary)) else ""
         found.append(Row(str(summary["sampler"]) + size, entry, str(summary.get("command", "")), None))
     return found
 
