@@ -19,6 +19,7 @@ from tests.conftest import convolutional, task_batch
 from toolkit import Batch, Plan, Task, UserError, algorithms, distributed, evaluate, train
 from toolkit.distributed import Group, here, join, leave
 from toolkit.engine import gradient_function
+from toolkit.rules import SGD
 from toolkit.sharded import whole
 from toolkit.task import take
 
@@ -87,9 +88,10 @@ def fast(group: Group) -> dict[str, Any]:
 
 
 def in_parts(group: Group) -> dict[str, Any]:
-    """Training with weights and optimiser in parts, stopped and gone on with, in order."""
+    """Training with weights and optimiser in parts, stopped and gone on with, in order; what is learned of the rule is single
+    numbers, which have no parts."""
     group = Group(group.rank, group.size, ordered=True, sharded=group.size > 1)
-    learner = algorithms.maml(small(), inner_lr=0.2, inner_steps=1)
+    learner = algorithms.maml(small(), rule=SGD(0.2, learn="tensor"), inner_steps=1)
     *_, half = train(learner, Pictures(), 3, TASKS, 0.01, group=group)
     kept = half.state._replace(optimizer=whole(half.state.optimizer))
     *_, last = train(learner, Pictures(), 6, TASKS, 0.01, group=group, start=kept)

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.conftest import named
 from tests.test_harness import TEST, TRAINING, VALIDATION, config, regression
 from toolkit import Batch, Learner, Plan, Task, algorithms, cli, cost, predict
+from toolkit.adapted import adapt
 from toolkit.cost import Watch
 from toolkit.energy import Counter, Energy, counters
 from toolkit.engine import gradient_function
@@ -592,3 +593,14 @@ def test_blank_tasks_have_a_shape_and_need_no_memory() -> None:
     assert tasks.support.x.untyped_storage().nbytes() == 8 and not tasks.support.x.is_floating_point()  # type: ignore[union-attr]
     assert take(tasks, 1).query.y.tolist() == [0, 1, 2, 3, 4] * 3
     assert sampler(torch.Generator()).support.x.shape == (10, 1000, 1000)  # type: ignore[union-attr]
+
+
+def test_a_memory_of_the_support_set_is_counted_as_large_as_it_is() -> None:
+    learner = algorithms.matching_net(conv4(2, size=8, width=4))
+    bytes_of = []
+    for shots in (1, 3):
+        support = Batch(torch.rand(2 * shots, 1, 8, 8), torch.arange(2 * shots) % 2)
+        fast = adapt(learner, learner.init(), support)
+        bytes_of.append(cost.task_bytes(learner, support))
+        assert bytes_of[-1] == sum(tensor.numel() * tensor.element_size() for tensor in fast.values())
+    assert bytes_of[1] == 3 * bytes_of[0]

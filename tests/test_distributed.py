@@ -85,7 +85,8 @@ def test_several_processes_find_what_one_finds(size: int, alone: dict[str, Any],
             assert all(relative(a, b) < 1e-6 for a, b in zip(found["parts"][part], alone["parts"][part], strict=True))
             assert all(torch.equal(a, b) for a, b in zip(found["parts"][part], ranks[0]["parts"][part], strict=True))
     numbers = sum(tensor.numel() for tensor in alone["parts"]["moments"])
-    assert sum(found["parts"]["kept"] for found in ranks) == numbers
+    single = sum(tensor.dim() == 0 for tensor in alone["parts"]["moments"])  # which every process has
+    assert single and sum(found["parts"]["kept"] for found in ranks) == numbers + (size - 1) * single
     assert max(found["parts"]["kept"] for found in ranks) < 1.3 * numbers / size
     for rank, talk in enumerate(each["talk"] for each in ranks):
         assert talk["first"] == "by 0" and talk["gathered"] == list(range(size)) and talk["any"] == (True, False), rank

@@ -17,7 +17,7 @@ from toolkit.errors import UserError, in_words, unknown
 from toolkit.flags import EpisodeFlags, checked
 from toolkit.plugins import Plugin
 from toolkit.runs.folder import Run
-from toolkit.task import TaskSampler, draw, take
+from toolkit.task import TaskSampler, draw, move, take
 
 
 def opened(path: Path) -> Run:
@@ -138,7 +138,8 @@ def _predicted(arguments: argparse.Namespace, flags: EpisodeFlags) -> int:
     print(f"{learner.name} of {flags.model}, {flags.tasks} tasks of {where} a meta-gradient, from shapes alone")
     source = tasks.pretraining if learner.pretrain and tasks.pretraining else tasks.training
     training, test = (take(draw(sampler, 1, flags.seed), 0) for sampler in (source, tasks.test))
-    for line in report(learner, predictions(learner, training, test, arguments.rate), flags.tasks):
+    support = move(test, "meta").support
+    for line in report(learner, predictions(learner, training, test, arguments.rate), flags.tasks, support):
         print(line, flush=True)
     return 0
 

@@ -26,7 +26,8 @@ from toolkit.engine import exact_attention, gradient_function
 from toolkit.learner import Learner, Meta
 from toolkit.plan import Plan
 from toolkit.prefix import features, shortened, with_features
-from toolkit.task import Task
+from toolkit.task import Batch, Task
+from toolkit.tree import Params
 
 log = logging.getLogger("toolkit")
 MANY = 6  # inner steps, after which each takes as many operations as the one before
@@ -270,7 +271,16 @@ def model_bytes(learner: Learner) -> int:
     return stored_bytes((*learner.model.parameters(), *learner.model.buffers()))
 
 
-def task_bytes(learner: Learner) -> int:
-    """The bytes that a task has for itself, what the inner loop moves of the model: to be stored for each adapted task."""
-    names = set(learner.adapted_names)
-    return stored_bytes(p for name, p in learner.model.named_parameters() if name in names)
+def task_bytes(learner: Learner, support: Batch | None = None) -> int:
+    """The bytes that a task has for itself, to be stored for each adapted task: what the inner loop moves, as large as it is for
+    such a `support` set where one is given."""
+    return stored_bytes(own_weights(learner, support).values())
+
+
+def own_weights(learner: Learner, support: Batch | None = None) -> Params:
+    """What a task has for itself, as its path begins: by the support set, which a start may keep (`starts.Memory`)."""
+    if support is None:
+        params = dict(learner.model.named_parameters())
+        return {name: params[name] for name in learner.adapted_names}
+    with torch.no_grad(), torch.random.fork_rng(), exact_attention():
+        return learner.begin(learner.init(), support).fast

@@ -157,11 +157,11 @@ def held_besides(learner: Learner) -> int:
     return copies * cost.stored_bytes((*params.values(), *learned.values()))
 
 
-def report(learner: Learner, found: Iterator[Prediction], tasks: int) -> Iterator[str]:
+def report(learner: Learner, found: Iterator[Prediction], tasks: int, support: Batch | None = None) -> Iterator[str]:
     """Predictions as text, line by line, for a meta-gradient of so many tasks."""
-    model, besides, stored = cost.model_bytes(learner), held_besides(learner), cost.task_bytes(learner)
+    model, besides, stored = cost.model_bytes(learner), held_besides(learner), cost.task_bytes(learner, support)
     every = sum({id(p): p.numel() for p in learner.model.parameters()}.values())
-    adapted = numel(learner.adapted(dict(learner.model.named_parameters())))
+    adapted = numel(cost.own_weights(learner, support))
     yield f"model: {every:,} parameters, {_mb(model)} MB; {adapted:,} adapt, {stored / 1e3:,.1f} kB to store for each task"
     yield f"a training also holds {_mb(besides)} MB: meta-parameters, the best so far, the optimiser's state"
     yield f"{'one task':44} {'GFLOP':>12} {'seconds':>12} {'x ' + str(tasks) + ' tasks':>12} {'MB':>10} {'MB in all':>12}"

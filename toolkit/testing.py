@@ -68,6 +68,7 @@ def judged(
         held,
         {"selection": selection} | traces,
         adapting_operations(learner, first, steps, outcome.best),
+        first.support,
     )
     write_json(folder / "summary.json", summary)
     return summary

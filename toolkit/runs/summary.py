@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 import toolkit
-from toolkit.cost import model_bytes, task_bytes
+from toolkit.cost import model_bytes, own_weights, stored_bytes
 from toolkit.curve import Curve
 from toolkit.learner import Learner, Meta
 from toolkit.metrics import ece
 from toolkit.norms import TRANSDUCTIVE
 from toolkit.plan import Plan
 from toolkit.runs.folder import NOT_HASHED, config_hash
+from toolkit.task import Batch
 from toolkit.tree import numel
 
 
@@ -49,12 +50,14 @@ def summarise(
     evaluation_bytes: int,
     traces: dict[str, Any],
     evaluation_operations: int | None = None,
+    support: Batch | None = None,
 ) -> dict[str, Any]:
     """The content of `summary.json`. `evaluation_bytes` is what evaluation held at most beyond what was held before; `traces`
     leads back to the run: how its checkpoint was selected, its code, the command that repeats it; `evaluation_operations` are
-    those of adapting to one test task and predicting its query set."""
+    those of adapting to one test task and predicting its query set; `support` is the support set of one."""
     seconds = outcome.seconds
     params, learned, _ = learner.init()
+    fast = own_weights(learner, support)
     policy = learner.batch_norm if uses_batch_norm else "no batch norm"
     test = {
         "tasks": curve.tasks,
@@ -80,13 +83,13 @@ def summarise(
         "peak_mb": outcome.peak_mb,
         "evaluation_mb": round(evaluation_bytes / 2**20, 1),
         "parameters": numel(params),
-        "adapted_parameters": numel(learner.adapted(params)),
+        "adapted_parameters": numel(fast),
         "learned_numbers": numel(learned),
         "meta_gradient_operations": outcome.operations,
         "evaluation_operations": evaluation_operations,
         "model_parameters": sum(p.numel() for p in learner.model.parameters()),
         "model_bytes": model_bytes(learner),
-        "task_bytes": task_bytes(learner),
+        "task_bytes": stored_bytes(fast.values()),
         "joules": None if outcome.joules is None else round(outcome.joules, 1),
         "joules_of": outcome.joules_of if outcome.joules is not None else None,
     }
