@@ -349,6 +349,16 @@ def test_draw_run_draws_what_a_damaged_file_leaves_and_says_so(tmp_path: Path, f
     assert {path.stem for path in run.path.glob("*.png")} == left
 
 
+def test_of_a_run_that_was_stopped_the_training_is_drawn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "toolkit")
+    run = make(tmp_path / "run", ACCURACY)
+    for name in ("summary.json", "curve.json", "example.safetensors"):
+        (run.path / name).unlink(missing_ok=True)
+    with pytest.raises(UserError, match=r"drawn without it: training"):
+        draw_run(run.path)
+    assert "have no picture" not in caplog.text
+
+
 def test_draw_run_wants_no_training_of_an_evaluation(tmp_path: Path) -> None:
     run = make(tmp_path / "run", ACCURACY, weights_of="other")
     (run.path / "metrics.jsonl").unlink()

@@ -272,8 +272,8 @@ def model_bytes(learner: Learner) -> int:
 
 
 def task_bytes(learner: Learner, support: Batch | None = None) -> int:
-    """The bytes that a task has for itself, to be stored for each adapted task: what the inner loop moves, as large as it is for
-    such a `support` set where one is given."""
+    """The bytes that a task has for itself, to be stored for each adapted task: what the inner loop moves, as large as it is
+    for such a `support` set where one is given."""
     return stored_bytes(own_weights(learner, support).values())
 
 
