@@ -349,12 +349,12 @@ def test_draw_run_draws_what_a_damaged_file_leaves_and_says_so(tmp_path: Path, f
     assert {path.stem for path in run.path.glob("*.png")} == left
 
 
-def test_of_a_run_that_was_stopped_the_training_is_drawn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_of_a_run_that_was_stopped_no_more_is_said_than_that(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "toolkit")
     run = make(tmp_path / "run", ACCURACY)
     for name in ("summary.json", "curve.json", "example.safetensors"):
         (run.path / name).unlink(missing_ok=True)
-    with pytest.raises(UserError, match=r"drawn without it: training"):
+    with pytest.raises(UserError, match=r"run has no summary\.json; the run has not come so far, continue it with --resume$"):
         draw_run(run.path)
     assert "have no picture" not in caplog.text
 

@@ -152,7 +152,7 @@ def draw_run(path: Path) -> list[Path]:
 
     attempt(lambda: {"adaptation": figures.adaptation([run])})
     attempt(lambda: {"reliability": reliability([run])} if measured(run) else {})
-    if not (run.path / "summary.json").exists() or (not problems and "weights_of" not in run.summary):
+    if not problems and "weights_of" not in run.summary:
         attempt(lambda: {"training": figures.training([run])})
         attempt(lambda: {"rates": learned_rates(run)} if any(key.startswith("rate/") for r in run.metrics for key in r) else {})
     attempt(lambda: _example(run))
