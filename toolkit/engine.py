@@ -27,6 +27,7 @@ from toolkit.plan import Plan, default_plan
 from toolkit.prefix import features, in_double, shortened, with_features
 from toolkit.recorded import Recorder, layout
 from toolkit.task import Task, count, take
+from toolkit.tree import laid_out_like
 
 
 class Metrics(NamedTuple):
@@ -63,7 +64,7 @@ def gradient_function(learner: Learner, plan: Plan) -> GradientFunction:
     def of_piece(total: int, own: Learner, meta: Meta, piece: Task) -> tuple[Meta, Score]:
         with precision(plan, piece):
             grads, score = piece_gradient(own, lift_for(plan, piece), meta, piece, total)
-        return pytree.tree_map(_laid_out_like, meta, grads), score
+        return pytree.tree_map(laid_out_like, meta, grads), score
 
     @cache
     def recorder(total: int) -> Recorder:
@@ -115,11 +116,6 @@ def placed(score: Score, start: int, total: int) -> Score:
         return row
 
     return Score(*map(wide, score))
-
-
-def _laid_out_like(leaf: Tensor, slope: Tensor) -> Tensor:
-    """The slope with the strides of its leaf: torch's fused Adam pairs the two by their place in memory, without a look."""
-    return slope if slope.stride() == leaf.stride() else torch.empty_like(leaf).copy_(slope)
 
 
 def refuse_random(learner: Learner, plan: Plan, tasks: Task) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from toolkit.distributed import Group
+from toolkit.tree import laid_out_like
 
 
 def split(group: Group, tensor: Tensor) -> Tensor:
@@ -41,10 +42,9 @@ def restored(group: Group, state: dict[str, Any], leaves: list[Tensor]) -> dict[
     def parts(leaf: Tensor, key: str, value: Any) -> Any:
         # Told by name: the count of steps is one number, as a learned rate is.
         moment = key != "step" and isinstance(value, Tensor) and value.shape == leaf.shape
-        if not moment or (group.sharded is False and value.stride() == leaf.stride()):
+        if not moment:
             return value
-        # In the strides of its weight, with which torch's fused Adam pairs it by place.
-        return split(group, value) if group.sharded else torch.empty_like(leaf).copy_(value)
+        return split(group, value) if group.sharded else laid_out_like(leaf, value)
 
     own = {i: {key: parts(leaves[i], key, value) for key, value in each.items()} for i, each in state["state"].items()}
     return state | {"state": own}

@@ -46,3 +46,9 @@ def numel(tree: Params) -> int:
 def norm(tree: Params) -> Tensor:
     """The Euclidean norm of all scalars of a tree together."""
     return torch.stack([tensor.double().square().sum() for tensor in tree.values()]).sum().sqrt()
+
+
+def laid_out_like(leaf: Tensor, other: Tensor) -> Tensor:
+    """A slope or a moment with the strides of its weight: torch's fused Adam pairs them by their place in memory, without a
+    look."""
+    return other if other.stride() == leaf.stride() else torch.empty_like(leaf).copy_(other)
