@@ -1,13 +1,16 @@
 """Recorded and compiled functions: the same numbers, a comparison that notices wrong ones, and a run that goes on without."""
 
 import logging
+import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
@@ -207,6 +210,43 @@ def test_a_compiler_that_takes_too_long_is_not_waited_for(
     done.set()
     assert relative(grads, meta_gradient(learner, learner.init(), tasks)[0]) < 1e-12
     assert "compiling, 0 s so far" in caplog.text and "torch.compile failed (not done after 0 s)" in caplog.text
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["once", "each time"])
+def test_half_a_file_of_the_compiler_is_made_anew(
+    again: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run that ended while it compiled leaves behind must not keep all later ones from compiling."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    half = tmp_path / "ab" / "cd.main.so"
+    half.parent.mkdir()
+    half.touch()
+
+    def load(x: Tensor) -> list[Tensor]:
+        if half.exists() or again:
+            half.touch()
+            raise RuntimeError(f"backend='inductor' raised:\nImportError: {half}: file too short")
+        return [x + 1]
+
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: load)
+    recording = record(lambda x: x + 1, torch.zeros(2))
+    if again:
+        with pytest.raises(RuntimeError, match="file too short"):
+            recorded.compiled(recording)
+    else:
+        assert torch.equal(recorded.compiled(recording)(torch.zeros(2)), torch.ones(2))
+    assert caplog.text.count("is damaged; compiling it anew") == 1
+
+
+def test_compiled_code_lies_in_our_cache_or_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's own place is in the folder for temporary files, and taken as soon as anything is traced."""
+    monkeypatch.setenv("TOOLKIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch, "compile", lambda graph, **k: graph)
+    recording = record(lambda x: x + 1, torch.zeros(2))
+    for before, after in ((default_cache_dir(), str(tmp_path / "compiled")), ("/elsewhere", "/elsewhere")):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", before)
+        recorded.compiled(recording)
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == after
 
 
 def test_a_recording_keeps_what_writes_in_place() -> None:

@@ -7,10 +7,12 @@ be recorded, and one that draws random numbers should not be.
 
 import logging
 import os
+import re
 import threading
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,10 +110,17 @@ def record(function: Callable[..., Any], *trees: Any) -> Recording:
     return Recording(graph, result[-1], leaves)
 
 
-def compiled(recording: Recording) -> Recording:
-    """The recording compiled, which its first call does in tens of seconds; on disk for later processes. Raises RuntimeError
-    when that takes longer than two minutes, or what torch raises where there is no compiler."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+def compiled(recording: Recording, mended: tuple[Path, ...] = ()) -> Recording:
+    """The recording compiled, which its first call does in tens of seconds; on disk for later processes. Files there that are
+    damaged are made anew, but those that were `mended` before. Raises RuntimeError when that takes longer than two minutes, or
+    what torch raises where there is no compiler."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    place = (
+        "TORCHINDUCTOR_CACHE_DIR"  # set by torch as soon as it traces, to a place that is lost at a restart
+    )
+    if os.environ.get(place, default_cache_dir()) == default_cache_dir():
+        os.environ[place] = str(cache_folder() / "compiled")
     began, done, threads = time.perf_counter(), threading.Event(), torch.get_num_threads()
     fast = torch.compile(recording.graph, fullgraph=True, dynamic=False)
     failed: list[BaseException] = []
@@ -133,9 +142,21 @@ def compiled(recording: Recording) -> Recording:
             raise RuntimeError(f"not done after {passed:.0f} s")
         log.info("compiling, %.0f s so far", passed)
     if failed:
-        raise failed[0]
+        file = damaged(failed[0])
+        if file is None or file in mended:
+            raise failed[0]
+        log.warning("the compiled file %s is damaged; compiling it anew", file)
+        file.unlink()
+        return compiled(recording, (*mended, file))
     log.info("compiled in %.1f s", time.perf_counter() - began)
     return Recording(fast, recording.result, recording.example)
+
+
+def damaged(error: BaseException) -> Path | None:
+    """The file of the compiler's cache that could not be loaded: a process that ends while it compiles leaves half a file."""
+    folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).resolve()
+    found = re.search(re.escape(str(folder)) + r"/\S+\.so(?=: )", str(error))
+    return Path(found[0]) if found and Path(found[0]).is_file() else None
 
 
 def layout(tree: Any) -> tuple[Any, list[Tensor]]:
