@@ -116,9 +116,7 @@ def compiled(recording: Recording, mended: tuple[Path, ...] = ()) -> Recording:
     what torch raises where there is no compiler."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    place = (
-        "TORCHINDUCTOR_CACHE_DIR"  # set by torch as soon as it traces, to a place that is lost at a restart
-    )
+    place = "TORCHINDUCTOR_CACHE_DIR"  # set by torch as soon as it traces, to a place that is lost at a restart
     if os.environ.get(place, default_cache_dir()) == default_cache_dir():
         os.environ[place] = str(cache_folder() / "compiled")
     began, done, threads = time.perf_counter(), threading.Event(), torch.get_num_threads()
