@@ -7,9 +7,10 @@ BIN = .venv/bin
 install: .venv/installed
 demo: install
 	$(BIN)/python experiments/quickstart.py --out results/quickstart/demo --overwrite
-# Two processes of one thread each: the tests are small, and threads would only wait for one another.
+# Two processes of one thread each: the tests are small, and threads would only wait for one another. The tests of a file share
+# what they import and prepare.
 test: .venv/tested
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 test-all: .venv/tested
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
 check: .venv/checked

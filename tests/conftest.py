@@ -90,6 +90,28 @@ def finite_differences(value: Callable[[Meta], Tensor], meta: Meta, h: float = 1
     return pytree.tree_unflatten(grads, spec)
 
 
+class Slopes:
+    """Central differences of `value` along a few random directions of length one, which takes less time than in every scalar
+    and sees as much: an error of a gradient shows in its projections as large as it is."""
+
+    def __init__(self, value: Callable[[Meta], Tensor], meta: Meta, count: int = 8, h: float = 1e-5) -> None:
+        leaves, spec = pytree.tree_flatten(meta)
+        generator = torch.Generator().manual_seed(7)
+        whole, sizes = flat(meta), [leaf.numel() for leaf in leaves]
+        self.directions = torch.randn(count, len(whole), generator=generator, dtype=torch.float64)
+        self.directions /= self.directions.norm(dim=1, keepdim=True)
+
+        def at(scalars: Tensor) -> Tensor:
+            parts = [part.view_as(leaf) for part, leaf in zip(scalars.split(sizes), leaves, strict=True)]
+            return value(pytree.tree_unflatten(parts, spec))
+
+        self.slopes = torch.stack([(at(whole + h * d) - at(whole - h * d)) / (2 * h) for d in self.directions])
+
+    def off(self, grads: object) -> float:
+        """The relative error of these gradients in those directions."""
+        return relative(self.directions @ flat(grads), self.slopes)
+
+
 def mean_objective(learner: Learner, tasks: Task) -> Callable[[Meta], Tensor]:
     """The mean objective over a batch of tasks, by a plain loop and without any derivative of the toolkit's own."""
 
