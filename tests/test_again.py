@@ -329,11 +329,13 @@ def test_code_named_in_a_run_folder_is_run_only_when_typed_again(
     (tmp_path / "mine.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
     run = finished(tmp_path, "sinusoid", sampler="mine.py:lines")
+    run.config["model"] = "mine.py:net"
     monkeypatch.setattr("toolkit.plugins.resolve", lambda *given: pytest.fail(f"{given} was resolved"))
     said = refused(lambda: evaluated(run, []))
     assert said.endswith(
-        "was made with --sampler mine.py:lines, which is code; type it again, as in --sampler mine.py:lines, and it is run"
+        "was made with code, which runs only when its names are typed again; add --sampler mine.py:lines --model mine.py:net"
     )
+    run.config["model"] = "mlp"
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     _, summary = evaluated(run, ["--sampler", "mine.py:lines"])

@@ -75,7 +75,7 @@ TOOL = [
     ("evaluate glyphs --protocol claims --eval-tasks 7", r"--protocol claims means 10,000 test tasks"),
     ("evaluate no-checkpoint", r"has no checkpoint, only numbers; `toolkit rerun no-checkpoint` makes its weights anew"),
     ("evaluate cut-checkpoint", r"checkpoint"),
-    ("evaluate code", r"was made with --sampler mine\.py:lines, which is code; type it again"),
+    ("evaluate code", r"code, which runs only when its names are typed again; add --sampler mine\.py:lines"),
     ("rerun nowhere", r"there is no run folder nowhere"),
     ("rerun glyphs --iterations 9", r"these flags make another run than glyphs"),
     ("rerun foreign", r"foreign has no algorithm in its config\.json"),

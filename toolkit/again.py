@@ -61,12 +61,9 @@ def flags_of(run: Run, words: Sequence[str] = (), about: str = "", prog: str = "
     given |= {"out": None, "resume": False, "overwrite": False, "logger": (), "protocol": None}
     untyped: dict[str, Any] = {key: "" for key in CODE if plugins.is_code(str(given.get(key) or ""), f"{key}s")}
     flags = tyro.cli(kind, default=kind(**(given | untyped)), args=list(words), prog=prog, description=about)
-    for key in untyped:
-        if not getattr(flags, key):
-            raise UserError(
-                f"{run.path} was made with --{key} {given[key]}, which is code; type it again, as in --{key} "
-                f"{shlex.quote(str(given[key]))}, and it is run"
-            )
+    if lacking := [key for key in untyped if not getattr(flags, key)]:
+        again = " ".join(f"--{key} {shlex.quote(str(given[key]))}" for key in lacking)
+        raise UserError(f"{run.path} was made with code, which runs only when its names are typed again; add {again}")
     return flags
 
 
