@@ -291,7 +291,7 @@ def cells(found: Sequence[dict[str, Any]]) -> list[list[str]]:
         lines.append([
             f"`{row['model']}`", pair(row["value"], row["ci95"]), "-" if gap is None else pair(gap[0], gap[1], "+"),
             "yes" if row["front"] else "no", f"{row['parameters']:,}", f"{row['adapted']:,}", f"{row['task_seconds']:.3g}",
-            f"{row['peak_bytes'] / 2**20:,.0f}", f"{row['task_bytes'] / 1e3:,.4g}", f"{row['iterations']:,.0f}",
+            f"{row['peak_bytes'] / 1e6:,.0f}", f"{row['task_bytes'] / 1e3:,.4g}", f"{row['iterations']:,.0f}",
             f"{row['seconds']:.0f}",
         ])  # fmt: skip
     return lines

@@ -53,7 +53,7 @@ from toolkit.learner import Learner, Meta
 from toolkit.metrics import accuracy
 from toolkit.models import BigModel
 from toolkit.plan import Plan
-from toolkit.runs.folder import Run, let_go, prepare, write_json
+from toolkit.runs.folder import Run, prepare, settle, write_json
 from toolkit.runs.summary import Outcome, code_version, peak_mb, summarise
 from toolkit.samplers import Loaders, MetaTask, joint_epochs
 from toolkit.samplers.episodes import as_input
@@ -146,7 +146,6 @@ def main(config: Config) -> None:
     if (folder / "config.json").exists() and not config.overwrite:
         raise UserError(f"the run folder {folder} exists; replace it with --overwrite, or choose --out")
     prepare(folder, flags, resume=False, overwrite=config.overwrite)
-    let_go(folder)
 
     model = BigModel((SIZE * SIZE, 50, CLASSES), config.seed)
     learner = maml(model, inner_lr=config.inner_lr, inner_steps=config.inner_steps)
@@ -186,6 +185,7 @@ def main(config: Config) -> None:
         "git": git,
     }
     write_json(folder / "summary.json", summary)
+    settle(folder)
     from toolkit.plots.figures import adaptation
     from toolkit.plots.save import save
 

@@ -166,7 +166,9 @@ def test_what_cannot_be_stored_or_found_is_a_sentence(tmp_path: Path, monkeypatc
         load(tmp_path, "usr 7", base)
     with pytest.raises(UserError, match=r"nowhere holds no adapted task 'a'; it has none$"):
         load(tmp_path / "nowhere", "a", base)
-    for bad in ("", "two\nlines"):
+    with pytest.raises(UserError, match=r"weights are floating-point numbers, not torch\.int8; give those, or another dtype$"):
+        save(tmp_path, {"a": fast}, base, torch.int8)
+    for bad in ("", "two\nlines", "\ud800", 3):
         with pytest.raises(UserError, match=r"cannot be the name of a task; give one line of text$"):
             save(tmp_path, {bad: fast}, base)
     with pytest.raises(UserError, match=r"^no tasks to save"):

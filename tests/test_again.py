@@ -307,6 +307,17 @@ def test_every_number_of_a_repetition_counts(finished: Callable[..., Run], tmp_p
     assert differences(run, Run(edited)) == expected
 
 
+def test_older_weights_are_not_taken_for_those_that_were_tested(finished: Callable[..., Run], tmp_path: Path) -> None:
+    run = finished(tmp_path, "sinusoid")
+    _, new = sorted((run.path / "checkpoints").glob("step-*"))
+    write_json(run.path / "summary.json", run.summary | {"selected": run.summary["selected"] | {"iteration": 4}})
+    run = Run(run.path)
+    (new / "weights.safetensors").write_bytes(b"half")
+    assert f"that was tested is damaged, and older ones hold other weights; `toolkit rerun {run.path}`" in refused(
+        lambda: evaluated(run, [])
+    )
+
+
 def test_a_run_without_weights(finished: Callable[..., Run], tmp_path: Path) -> None:
     run = finished(tmp_path, "sinusoid")
     shutil.rmtree(run.path / "checkpoints")

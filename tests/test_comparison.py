@@ -264,7 +264,7 @@ def test_the_table_of_accuracy_is_in_percent(tmp_path: Path) -> None:
     head, rule, *lines = text.splitlines()
     assert [name.strip() for name in head.strip("|").split("|")] == [
         "method", "0 steps", "1 step", "as trained (steps)", "2 steps", "minus maml (paired)", "seeds' s.d.",
-        "training", "peak MB", "learned", "adapts", "transductive",
+        "training", "peak MiB", "learned", "adapts", "transductive",
     ]  # fmt: skip
     assert rule.count("---") == 12 and all(line.count("|") == 13 for line in (head, rule, *lines))
     half = f"{100 * stats.t.ppf(0.975, 1) * 0.01:.2f}"  # two tasks, 0.02 apart: deviation 0.02 / sqrt(2), over sqrt(2)

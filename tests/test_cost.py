@@ -435,7 +435,7 @@ def test_older_runs_are_read_as_before(tmp_path: Path) -> None:
         del data["cost"][key]
     (folder / "summary.json").write_text(json.dumps(data))
     old = Run(folder)
-    assert table(old.summary).splitlines()[-1] == f"cost: {data['cost']['peak_mb']:,.0f} MB at most"
+    assert table(old.summary).splitlines()[-1] == f"cost: {data['cost']['peak_mb']:,.0f} MiB at most"
     assert "maml" in tables.markdown(tables.of_runs([old])) and rows({"maml": [old]})[0]["method"] == "maml"
     write_report([old], tmp_path / "report.html")
     assert "maml" in (tmp_path / "report.html").read_text()

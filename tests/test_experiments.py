@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import pytest
 import torch
 
 from experiments import omniglot, quickstart, sinusoid
-from toolkit import Batch, Task, UserError, algorithms, draw, evaluate
+from toolkit import Batch, Task, UserError, algorithms, draw, evaluate, experiment
 from toolkit.data.bank import ClassBank
+from toolkit.distributed import Lost
 from toolkit.experiment import run
 from toolkit.flags import launch
 from toolkit.metrics import squared_error
@@ -242,6 +244,51 @@ def test_a_loss_that_is_not_finite_stops_with_iteration_and_task_and_keeps_what_
     loaded = load_newest(tmp_path / "run" / "checkpoints")
     assert loaded is not None and loaded[1]["iteration"] == 5
     assert all(tensor.isfinite().all() for tensor in loaded[1]["meta"]["params"].values())
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_process_lost_within_a_validation_costs_no_validation(
+    last: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undrawn: None
+) -> None:
+    """What is saved must be before it: a resume would take the validation for done, and the weights for not the best."""
+    flags = sinusoid.Config(
+        iterations=6, validate_every=3, tasks=4, compile=False, val_tasks=20, eval_tasks=7, eval_steps=1, meta_lr=0.1
+    )
+    learner = algorithms.maml(mlp(), loss=squared_error, metric=squared_error, inner_lr=0.01)
+    parts = "sinusoid", learner, *[Sinusoid(5, 5)] * 3
+    whole = run(replace(flags, out=tmp_path / "whole"), *parts)
+    lost, real = iter([False] * last + [True]), experiment._validate
+
+    def validate(*given: Any) -> Any:
+        if next(lost, False):
+            raise Lost("another of the 2 processes is gone")
+        return real(*given)
+
+    monkeypatch.setattr(experiment, "_validate", validate)
+    broken = replace(flags, out=tmp_path / "broken")
+    with pytest.raises(UserError, match=r"^another of the 2 processes is gone; the same command with --resume goes on from"):
+        run(broken, *parts)
+    again = run(replace(broken, resume=True), *parts)
+    assert again.summary["selected"] == whole.summary["selected"]
+    assert torch.equal(again.curve.loss, whole.curve.loss)
+    strip = [[{k: v for k, v in row.items() if k != "seconds"} for row in found.metrics] for found in (again, whole)]
+    assert strip[0] == strip[1]
+
+
+def test_a_changed_model_does_not_go_on_by_another_ones_weights(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, undrawn: None
+) -> None:
+    flags = sinusoid.Config(iterations=4, tasks=4, compile=False, val_tasks=3, eval_tasks=3, eval_steps=1, out=tmp_path / "run")
+    kinds = {"loss": squared_error, "metric": squared_error, "inner_lr": 0.01}
+    samplers = [Sinusoid(5, 5)] * 3
+    run(flags, "sinusoid", algorithms.maml(mlp(), **kinds), *samplers)
+    (flags.out / "summary.json").unlink()
+    smaller = algorithms.maml(mlp((1, 7, 1)), **kinds)
+    with pytest.raises(UserError, match=r"does not fit this model: params/\S+ was \(40, 1\) and is \(7, 1\); resume with"):
+        run(replace(flags, resume=True), "sinusoid", smaller, *samplers)
+    monkeypatch.setattr(experiment, "source_hash", lambda: "other")
+    run(replace(flags, resume=True), "sinusoid", algorithms.maml(mlp(), **kinds), *samplers)
+    assert "the code has changed since the checkpoint" in caplog.text
 
 
 @pytest.mark.parametrize("module", [sinusoid, omniglot, quickstart])

@@ -78,7 +78,7 @@ def make(path: Path, result: dict[str, Any], example: dict[str, Tensor] | None =
     ]
     rows.insert(2, {"iteration": 20, "val_loss": 1.5, "val_metric": 0.6, "val_ci95": 0.05})
     rows.append({"iteration": 400, "val_loss": 0.5, "val_metric": 0.7, "val_ci95": None})
-    (path / "config.json").write_text("{}")
+    (path / "config.json").write_text('{"val_tasks": 50}')
     (path / "summary.json").write_text(json.dumps(content | summary))
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     example = example or (classification() if percent else regression())
@@ -114,8 +114,8 @@ def test_adaptation_draws_percent_band_chance_and_ring(tmp_path: Path) -> None:
     assert set(texts(axes)) == {"70.0 ± 2.0", "91.0 ± 0.4"}
     assert [texts(axes)[t].xy[0] for t in ("70.0 ± 2.0", "91.0 ± 0.4")] == [1, 4]
     assert axes.get_yscale() == "linear" and axes.get_ylabel() == "test accuracy (%)"
-    assert figure.get_suptitle() == "maml on toy, 600 test tasks"
-    assert legend(figure) == ["mean, 95 % interval", "steps in training", "chance, 20 %"]
+    assert figure.get_suptitle() == "maml on toy\n600 test tasks"
+    assert legend(figure) == ["mean, 95 % interval over tasks", "as trained", "chance, 20 %"]
 
 
 def test_adaptation_of_regression_has_the_median_and_a_log_axis_only_when_wide(tmp_path: Path) -> None:
@@ -151,7 +151,8 @@ def test_adaptation_of_several_runs_differs_in_dash_and_marker_and_says_the_numb
         "maml (first)\n70.0 ± 2.0 at 1; 91.0 ± 0.4 at 4",
         "anil (second)\n50.0 ± 0.5 at 3; 60.0 ± 0.4 at 4",
         "reptile (third)\n91.0 ± 0.4 at 4",
-        "steps in training",
+        "as trained",
+        "95 % interval over tasks",
         "chance, 5 %",
         "chance, 20 %",
     ]
@@ -189,7 +190,9 @@ def test_training_draws_raw_smooth_validation_and_the_selected_checkpoint(tmp_pa
     np.testing.assert_allclose(lower.containers[0][0].get_xydata(), [[20, 1.5], [400, 0.5]])
     assert (upper.get_yscale(), lower.get_yscale()) == ("linear", "log")
     assert [a.get_ylabel() for a in (upper, lower)] == ["accuracy (%)", "loss"]
-    assert legend(figure) == ["training (smoothed)", "validation", "selected on validation"]
+    assert legend(figure) == [
+        "training, bold: mean over 1/20 of it", "validation, 95 % interval over 50 tasks", "selected on validation",
+    ]  # fmt: skip
 
 
 def test_training_of_regression_has_one_panel_and_needs_no_validation(tmp_path: Path) -> None:
@@ -200,7 +203,7 @@ def test_training_of_regression_has_one_panel_and_needs_no_validation(tmp_path: 
     (axes,) = figure.axes
     assert axes.get_ylabel() == "squared error"
     np.testing.assert_allclose(line(axes, "raw")[:2, 1], [0.5, 0.6])
-    assert legend(figure) == ["training (smoothed)"]
+    assert legend(figure) == ["training, bold: mean over 1/20 of it"]
 
 
 def test_moving_mean_is_centred_and_skips_what_is_not_finite() -> None:
@@ -478,14 +481,14 @@ def test_a_comparison_has_a_panel_per_family_and_names_every_method_once() -> No
     assert {family: tuple(named(axes)) for family, axes in found.items()} == FAMILIES
     for family, axes in found.items():
         for i, method in enumerate(ALL):
-            curves = [line.get_ydata() for line in (drawn(axes, method) or drawn(axes, "other"))]
+            curves = [line.get_ydata() for line in (drawn(axes, method) or drawn(axes, "in grey"))]
             expected = 100 * np.array(compared()[i]["mean"])
             assert sum(np.allclose(curve, expected) for curve in curves) == 1, "every curve is in every panel, once"
-        assert len(drawn(axes, "other")) == len(ALL) - len(FAMILIES[family])
-        assert {(line.get_color(), line.get_linestyle()) for line in drawn(axes, "other")} == {("0.75", "-")}
+        assert len(drawn(axes, "in grey")) == len(ALL) - len(FAMILIES[family])
+        assert {(line.get_color(), line.get_linestyle()) for line in drawn(axes, "in grey")} == {("0.75", "-")}
         bold = [drawn(axes, method)[0] for method in FAMILIES[family]]
         assert len({(line.get_color(), line.get_marker()) for line in bold}) == len(bold)
-        assert min(line.get_zorder() for line in bold) >= max(line.get_zorder() for line in drawn(axes, "other"))
+        assert min(line.get_zorder() for line in bold) >= max(line.get_zorder() for line in drawn(axes, "in grey"))
 
 
 def test_a_comparison_of_accuracy_is_in_percent_with_chance_rings_and_bands() -> None:
@@ -501,7 +504,7 @@ def test_a_comparison_of_accuracy_is_in_percent_with_chance_rings_and_bands() ->
     assert not drawn(first, "anil") and drawn(first, "ring")[0].get_xdata()[0] == 0
     band = first.collections[0].get_paths()[0].vertices
     assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx((19, 100 * compared()[0]["mean"][-1] + 1))
-    assert legend(figure) == ["other methods", "steps in training", "chance, 20 %"]
+    assert legend(figure) == ["other methods", "95 % interval over tasks", "as trained", "chance, 20 %"]
     assert figure.get_suptitle() == TITLE
 
 
@@ -534,7 +537,7 @@ def test_a_comparison_of_errors_is_on_a_log_axis_that_what_diverges_does_not_str
     assert found["MAML and its order"].get_ylabel() == "test squared error"
     own = FAMILIES["MAML and its order"]
     assert len(drawn(found["MAML and its order"], "ring")) == len(own) - 1, "no ring where nothing is finite"
-    assert legend(figure) == ["other methods", "steps in training"]
+    assert legend(figure) == ["other methods", "95 % interval over tasks, where less than the mean", "as trained"]
     np.testing.assert_allclose(drawn(found["MAML and its order"], "maml")[0].get_ydata()[4:], [1e9] + [np.nan] * 6)
     assert_tidy(figure)
 
@@ -575,7 +578,7 @@ def test_rates_of_tensors_have_a_line_each(tmp_path: Path) -> None:
     for i, name in enumerate(names):
         np.testing.assert_allclose(line(axes, name), [[100 * n, 0.4 + n * i] for n in (1, 2, 3, 4)], rtol=1e-6)
     assert len({tuple(drawn(axes, name)[0].get_color()) for name in names}) == 6
-    assert not drawn(axes, "thin")
+    assert len(axes.get_lines()) == 6
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("iteration", "learned inner rate")
     assert figure.get_suptitle() == "meta_sgd on toy\nlearned inner rates"
     assert_tidy(figure)
@@ -588,9 +591,8 @@ def test_rates_of_steps_are_thin_around_their_mean(tmp_path: Path) -> None:
     assert legend(figure) == [f"step {k}, mean of 6 tensors" for k in range(3)]
     for k in range(3):
         np.testing.assert_allclose(line(axes, f"step {k}")[:, 1], [0.1 + n * (6 * k + 2.5) for n in (1, 2, 3, 4)], rtol=1e-6)
-        assert [thin.get_ydata()[0] for thin in drawn(axes, "thin")[6 * k : 6 * k + 6]] == pytest.approx(
-            [0.1 + 6 * k + i for i in range(6)]
-        )
+        thin = [line for line in axes.get_lines() if f"step{k}/" in str(line.get_label())]
+        assert [line.get_ydata()[0] for line in thin] == pytest.approx([0.1 + 6 * k + i for i in range(6)])
     assert_tidy(figure)
 
 

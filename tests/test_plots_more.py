@@ -82,7 +82,7 @@ def test_pairs_are_all_tasks_and_their_differences(tmp_path: Path) -> None:
     assert {f"{n(counts.values())} tasks" for n in (min, max)} < set(legend(figure))
     assert figure.get_suptitle().splitlines() == [
         "glyphs, the same 40 test tasks",
-        f"anil higher in {gap.wins}, equal in {gap.ties}, lower in 0; sign test p = {gap.p_sign:.2g}",
+        f"anil better in {gap.wins}, equal in {gap.ties}, worse in 0; sign test p = {gap.p_sign:.2g}",
     ]
     assert [axes.get_xlabel() for axes in figure.axes] == ["maml: accuracy (%)", "anil minus maml (points)"]
     assert figure.axes[0].get_xlim() == figure.axes[0].get_ylim(), "the diagonal is that of the panel"
@@ -93,7 +93,7 @@ def test_pairs_of_one_method_are_a_and_b_whatever_their_seeds_and_names(tmp_path
     assert [axes.get_xlabel() for axes in figure.axes] == ["A: accuracy (%)", "B minus A (points)"]
     _, names, score = figure.get_suptitle().splitlines()
     assert names == "A: maml (longlonglonglo…glonglonglong), B: maml (b)"
-    assert score == "B higher in 0, equal in 40, lower in 0; sign test p = 1"
+    assert score == "B better in 0, equal in 40, worse in 0; sign test p = 1"
     assert_tidy(figure)
 
 
@@ -281,7 +281,7 @@ def test_seeds_are_thin_and_their_mean_is_over_common_iterations(tmp_path: Path)
     widths = {str(line.get_label()): line.get_linewidth() for line in figure.axes[0].get_lines()}
     assert widths["maml, seed 0"] == widths["maml, seed 1"] < widths["maml, mean of 2 seeds"] == widths["anil, one seed"]
     assert len({line.get_linestyle() for line in figure.axes[0].get_lines()}) == 2, "seeds have the dashes of their method"
-    assert legend(figure) == ["maml, mean of 2 seeds", "anil, one seed"]
+    assert legend(figure) == ["maml, mean of 2 seeds", "anil, one seed", "single seeds"]
     assert_tidy(figure)
 
 

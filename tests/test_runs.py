@@ -21,7 +21,7 @@ from experiments import omniglot
 from tests.conftest import dense, flat
 from toolkit import Meta, UserError, algorithms
 from toolkit.runs import checkpoint
-from toolkit.runs.folder import LATER, NOT_HASHED, Run, config_hash, let_go, prepare, put_back, write_json
+from toolkit.runs.folder import LATER, NOT_HASHED, Run, config_hash, prepare, result_step, settle, source_hash, write_json
 
 META = algorithms.maml(dense()).init()
 STATE: dict[str, Any] = {"iteration": 7, "meta": META._asdict(), "optimizer": {"state": {}, "param_groups": []}}
@@ -353,13 +353,62 @@ def test_what_a_run_replaces_is_kept_until_that_one_is_sure(tmp_path: Path) -> N
     prepare(run, {"seed": 0}, resume=False, overwrite=False)
     (run / "old").touch()
     prepare(run, {"seed": 1}, resume=False, overwrite=True)
-    put_back(run)
+    settle(run)
     assert (run / "old").exists() and Run(run).config == {"seed": 0}
     prepare(run, {"seed": 1}, resume=False, overwrite=True)
-    let_go(run)
+    (run / "summary.json").touch()
+    settle(run)
     assert list(tmp_path.iterdir()) == [run] and Run(run).config == {"seed": 1} and not (run / "old").exists()
-    put_back(run)
+    settle(run)
     assert Run(run).config == {"seed": 1}, "nothing is aside"
+
+
+def test_a_disk_that_is_full_costs_nothing_of_what_was_to_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    prepare(run, {"seed": 0}, resume=False, overwrite=False)
+    monkeypatch.setattr("toolkit.runs.folder.write_json", lambda *given: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError, match="no space left"):
+        prepare(run, {"seed": 1}, resume=False, overwrite=True)
+    assert Run(run).config == {"seed": 0} and list(tmp_path.iterdir()) == [run]
+
+
+def test_a_run_killed_once_it_had_saved_something_is_not_replaced_by_an_older_one(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    prepare(run, {"seed": 0}, resume=False, overwrite=False)
+    prepare(run, {"seed": 1}, resume=False, overwrite=True)
+    checkpoint.save(run / "checkpoints", 7, META, STATE, "a")  # and killed before anything else
+    prepare(run, {"seed": 1}, resume=True, overwrite=False)
+    assert Run(run).config == {"seed": 1} and list(tmp_path.iterdir()) == [run]
+    prepare(run, {"seed": 2}, resume=False, overwrite=True)
+    settle(run)  # by Ctrl-C
+    assert Run(run).config == {"seed": 1}
+
+
+def test_the_code_that_runs_is_also_that_of_plug_ins(tmp_path: Path) -> None:
+    from toolkit import plugins
+
+    before, file = source_hash(), tmp_path / "mine.py"
+    file.write_text("def net(): ...")
+    plugins.resolve(f"{file}:net", "models")
+    with_net = source_hash()
+    file.write_text("def net(): return 1")
+    assert len({before, with_net, source_hash()}) == 3
+
+
+@pytest.mark.parametrize(
+    ("summary", "expected"),
+    [
+        ({"inner_steps": 1, "test": {"mean": [0.2, 0.5, 0.6]}}, 1),
+        ({"inner_steps": 9, "test": {"mean": [0.2, 0.5, 0.6]}}, 2),
+        ({"inner_steps": 0, "test": {"mean": [0.2, 0.5, 0.6]}}, 2),
+        ({"inner_steps": 0, "test": {"mean": [0.5, 0.4, 0.5]}}, 0),
+        ({"inner_steps": 0, "test": {"mean": [None, None]}}, 0),
+        ({"inner_steps": None, "test": {"mean": [0.2]}}, None),
+        ({"inner_steps": 1}, None),
+    ],
+)
+def test_the_steps_of_a_result(summary: dict[str, Any], expected: int | None) -> None:
+    assert result_step(summary) == expected
 
 
 def test_of_runs_replaced_before_they_saved_anything_the_first_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,16 +419,16 @@ def test_of_runs_replaced_before_they_saved_anything_the_first_is_kept(tmp_path:
     run.symlink_to(tmp_path / "disk" / "run")
     for seed in (1, 2):
         prepare(run, {"seed": seed}, resume=False, overwrite=True)  # killed
-    put_back(run)
+    settle(run)
     assert Run(run).config == {"seed": 0}
     prepare(run, {"seed": 1}, resume=False, overwrite=True)
-    shutil.rmtree(tmp_path / "disk" / "run")  # by the user, who begins anew
-    prepare(run, {"seed": 3}, resume=False, overwrite=False)
-    put_back(run)
-    assert Run(run).config == {"seed": 3} and len(list((tmp_path / "disk").iterdir())) == 1
+    shutil.rmtree(tmp_path / "disk" / "run")  # by the user, who begins anew and finds what was there first
+    with pytest.raises(UserError, match="exists; continue it with --resume"):
+        prepare(run, {"seed": 3}, resume=False, overwrite=False)
+    assert Run(run).config == {"seed": 0} and len(list((tmp_path / "disk").iterdir())) == 1
     monkeypatch.chdir(run)
-    prepare(Path("."), {"seed": 3}, resume=True, overwrite=False)
-    let_go(Path("."))
+    prepare(Path("."), {"seed": 0}, resume=True, overwrite=False)
+    settle(Path("."))
     with pytest.raises(UserError, match=r"cannot replace .*run from within it; change to another folder first"):
         prepare(Path("."), {"seed": 4}, resume=False, overwrite=True)
 

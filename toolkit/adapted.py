@@ -76,6 +76,11 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
+def _is_name(name: object) -> bool:
+    # Half of a surrogate pair is no text that a file can hold.
+    return isinstance(name, str) and name.encode(errors="ignore").decode() == name != "" and "\n" not in name
+
+
 def save(folder: Path, tasks: Mapping[str, Params], base: str, dtype: torch.dtype | None = None) -> Path:
     """Adds a shard with the adapted weights of these tasks, by name, to the folder, which is made if need be; `base` is the
     `fingerprint` of what they were adapted from. `dtype`, such as `torch.bfloat16`, stores them in fewer bytes; `load` gives
@@ -85,8 +90,11 @@ def save(folder: Path, tasks: Mapping[str, Params], base: str, dtype: torch.dtyp
 
     if not tasks:
         raise UserError("no tasks to save; give at least one, as {name: adapted weights}")
-    if bad := [name for name in tasks if not name or "\n" in name]:
+    if bad := [name for name in tasks if not _is_name(name)]:
         raise UserError(f"{bad[0]!r} cannot be the name of a task; give one line of text")
+    types = {tensor.dtype for fast in tasks.values() for tensor in fast.values()} | ({dtype} if dtype else set())
+    if whole := [kind for kind in types if not kind.is_floating_point]:
+        raise UserError(f"adapted weights are floating-point numbers, not {whole[0]}; give those, or another dtype")
     kinds = [{n: (str(t.dtype), list(t.shape)) for n, t in fast.items()} for fast in tasks.values()]
     if odd := next((name for name, kind in zip(tasks, kinds, strict=True) if kind != kinds[0]), None):
         raise UserError(

@@ -22,7 +22,7 @@ from toolkit.landscape import landscape
 from toolkit.learner import Learner, Meta
 from toolkit.plan import Plan
 from toolkit.runs import checkpoint
-from toolkit.runs.folder import Run, config_hash, let_go, prepare, put_back, write_json
+from toolkit.runs.folder import Run, config_hash, prepare, settle, write_json
 from toolkit.runs.summary import Outcome, code_version, table
 from toolkit.starts import inherited, zeros
 from toolkit.task import draw, move, take
@@ -73,7 +73,7 @@ def opened(run: Run, words: Sequence[str] = (), about: str = "") -> tuple[Flags,
     `adapted.save`. Raises UserError as `flags_of`, for a run without a checkpoint, and for tasks that it does not fit."""
     flags = checked(flags_of(run, words, about, "toolkit show-task"))
     flags, learner, tasks = parts.assemble(_as_trained(flags, flags_of(run, _code(words))), needed=("test", "train"))
-    learner = experiment.on_device(flags.device, learner)
+    learner = parts.on_device(flags.device, learner)
     return flags, learner, _fitting(run, learner), tasks
 
 
@@ -97,7 +97,7 @@ def evaluated(run: Run, words: Sequence[str]) -> tuple[Path, dict[str, Any]]:
     if flags.sampler != kept.sampler and flags.dataset == kept.dataset:
         flags = replace(flags, dataset=None, dataset_args=())
     flags, learner, tasks = parts.assemble(flags, needed=("test", "train"))
-    learner = experiment.on_device(flags.device, learner)
+    learner = parts.on_device(flags.device, learner)
     outcome = replace(_outcome(run), best=_fitting(run, learner))
     config = experiment.configuration(flags, str(run.config.get("experiment", "")), learner)
     name = f"{flags.run_name}-{flags.eval_tasks}x{flags.eval_steps}-{flags.eval_seed}"
@@ -115,10 +115,8 @@ def evaluated(run: Run, words: Sequence[str]) -> tuple[Path, dict[str, Any]]:
     }
     try:
         summary = judged(folder, flags, config, learner, outcome, tasks.test, tasks.chance, traces)
-    except BaseException:
-        put_back(folder)
-        raise
-    let_go(folder)
+    finally:
+        settle(folder)
     from toolkit.plots.figures import adaptation
     from toolkit.plots.save import save
 
@@ -260,6 +258,12 @@ def _weights(run: Run) -> tuple[Meta, dict[str, Any]]:
         if "weights_of" in run.summary:
             raise UserError(f"{run.path} is an evaluation without weights; give the run, {run.summary['weights_of']}")
         raise UserError(f"{run.path} has no checkpoint, only numbers; `toolkit rerun {run.path}` makes its weights anew")
+    finished = (run.path / "summary.json").exists()
+    if finished and loaded[1].get("selected", run.summary.get("selected")) != run.summary.get("selected"):
+        raise UserError(
+            f"the checkpoint of {run.path} that was tested is damaged, and older ones hold other weights; `toolkit rerun "
+            f"{run.path}` makes them anew"
+        )
     return loaded
 
 

@@ -1,6 +1,5 @@
 """The harness of every experiment: flags in; training, validation, checkpoints, test, figures and a run folder out."""
 
-import copy
 import logging
 import math
 import shutil
@@ -17,7 +16,7 @@ from tqdm import tqdm
 from toolkit import parts, plugins
 from toolkit.backend import backend
 from toolkit.cost import operations
-from toolkit.distributed import Group, Lost, here
+from toolkit.distributed import Group, Lost, fingerprint, here
 from toolkit.energy import Energy, counters
 from toolkit.engine import switched
 from toolkit.errors import UserError
@@ -26,7 +25,7 @@ from toolkit.flags import Flags
 from toolkit.learner import Learner, Meta
 from toolkit.plan import Plan, ordered
 from toolkit.runs import checkpoint
-from toolkit.runs.folder import NOT_HASHED, Run, config_hash, let_go, prepare, put_back, refuse, source_hash, write_json
+from toolkit.runs.folder import NOT_HASHED, Run, config_hash, prepare, refuse, settle, source_hash, write_json
 from toolkit.runs.journal import Journal, rates
 from toolkit.runs.loggers import loggers
 from toolkit.runs.summary import Outcome, code_version, command, peak_mb, table
@@ -72,19 +71,20 @@ def run(
         if not group.rank:
             print(table(Run(folder).result))
         return Run(folder)
-    learner = on_device(flags.device, learner)
+    learner = parts.on_device(flags.device, learner)
     trainee, source = learner, training
     if learner.pretrain:
         if pretraining is None:
             raise UserError(
                 f"{learner.name} pretrains on all training classes, but this experiment has none; use another method"
             )
-        trainee, source = on_device(flags.device, learner.pretrain), pretraining
+        trainee, source = parts.on_device(flags.device, learner.pretrain), pretraining
     for each, sampler in ((learner, training), (trainee, source)):
         sample = move(draw(sampler, 1, flags.seed), flags.device)
         each.rehearse(task := take(sample, 0))
         if flags.permutations > 1 and task.support.y.is_floating_point():
             raise UserError(f"--permutations {flags.permutations} needs classes, but these tasks are regression; leave it out")
+    group.agree({"task 0 of training": fingerprint(sample)}, "start all of them on the same data and samplers")
     # Measured where nobody else computes, on as many tasks as each gets.
     plan = group.first(lambda: _plan(replace(flags, tasks=-(-flags.tasks // group.size)), folder, trainee, source))
     if group.ordered:
@@ -107,7 +107,7 @@ def run(
         outcome = _train(job)
     except BaseException:
         if not group.rank:
-            put_back(folder)
+            settle(folder)
         raise
     traces = {"git": git, "command": command(flags, experiment)} | ({"processes": group.size} if group.size > 1 else {})
     summary = judged(folder, flags, config, learner, outcome, test, chance, traces, group)
@@ -184,9 +184,10 @@ def _train(job: Job) -> Outcome:
     checkpoints = job.folder / "checkpoints"
     best, saved = group.first(lambda: checkpoint.load_newest(checkpoints, job.identity)) or (learner.init(), {})
     checkpoint.check_beside(job.folder, saved, job.beside)
+    checkpoint.check_fits(job.folder, saved, job.trainee.init(), source_hash())
     # A checkpoint is read onto the CPU, and training stays on the device of its parameters.
     state = State(saved["iteration"], Meta(**move(saved["meta"], flags.device)), saved["optimizer"]) if saved else None
-    selected = saved.get("selected", {})
+    selected, judged = saved.get("selected", {}), True
     done, plan = state.iteration if state else 0, job.plan
     energy = Energy(counters(flags.device), saved.get("joules") if saved else 0.0)
     size, seconds = saved.get("metrics_bytes", 0), saved.get("seconds", 0.0)
@@ -210,9 +211,9 @@ def _train(job: Job) -> Outcome:
             journal.sync()
             content = {"selected": selected, "seconds": journal.seconds, "metrics_bytes": journal.size}
             content |= {"iteration": state.iteration, "meta": state.meta._asdict(), "optimizer": optimizer}
-            content |= {"joules": energy.joules(), "beside": job.beside}
+            content |= {"joules": energy.joules(), "beside": job.beside, "code": source_hash()}
             checkpoint.save(checkpoints, state.iteration, best, content, job.identity)
-            let_go(job.folder)
+            settle(job.folder)
 
     sizes = flags.iterations, flags.tasks, flags.meta_lr, flags.seed
     records = train(job.trainee, job.source, *sizes, job.plan, state, job.gradient, group)
@@ -221,7 +222,7 @@ def _train(job: Job) -> Outcome:
     with bar, stop_signals() as stopped:
         try:
             for record in records:
-                state = record.state
+                state, judged = record.state, True
                 if record.plan != plan:  # memory ran out
                     plan = record.plan
                     if not group.rank:
@@ -231,6 +232,7 @@ def _train(job: Job) -> Outcome:
                 bar.update()
                 last = record.iteration == flags.iterations
                 if last or record.iteration % flags.validate_every == 0:
+                    judged = False
                     journal.flush()
                     own = job.handed_over(record.meta)
                     row = {"iteration": record.iteration} | _validate(job, own, quiet)
@@ -239,6 +241,7 @@ def _train(job: Job) -> Outcome:
                         journal.write({"iteration": record.iteration} | learned)
                     if _better(row, selected, learner):
                         selected, best = row, pytree.tree_map(torch.clone, own)
+                    judged = True
                     save()
                 if group.any(bool(stopped)):
                     save()
@@ -247,8 +250,9 @@ def _train(job: Job) -> Outcome:
                     sys.exit(128 + (stopped or [signal.SIGTERM])[0])
         except (NotFinite, NoMemory, Lost) as error:
             # What stopped all of them alike is saved by the first. Where that one stands alone, it still saves what it has all
-            # of; else parts of the optimiser are out of reach, and the newest checkpoint must do.
-            if saves := isinstance(error, NotFinite) or not (group.rank or group.sharded):
+            # of; else parts of the optimiser are out of reach, and the newest checkpoint must do. So it must within a
+            # validation, which a resume would take for done.
+            if saves := judged and (isinstance(error, NotFinite) or not (group.rank or group.sharded)):
                 save()
             kept = f"; everything up to iteration {state.iteration if state else 0} is saved" if saves else ""
             if not isinstance(error, NotFinite):
@@ -258,11 +262,6 @@ def _train(job: Job) -> Outcome:
     outcome = Outcome(move(best, flags.device), selected, journal.seconds, plan, peak_mb(flags.device))
     counted = operations(job.trainee.at(1.0), task, plan.memory, flags.tasks)
     return replace(outcome, operations=counted, joules=spent, joules_of=energy.names)
-
-
-def on_device(device: str, learner: Learner) -> Learner:
-    """The learner with its model on a device; a copy where that is not the CPU."""
-    return learner if device == "cpu" else replace(learner, model=copy.deepcopy(learner.model).to(device))
 
 
 def _shown(row: dict[str, float], record: Record, learner: Learner, tasks: int) -> dict[str, str]:

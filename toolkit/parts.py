@@ -266,6 +266,11 @@ def plan(flags: Flags, learner: Learner, training: TaskSampler) -> Plan:
     return replace(found, chunk=chunk, trace=records, **asked)  # type: ignore[arg-type]
 
 
+def on_device(device: str, learner: Learner) -> Learner:
+    """The learner with its model on a device; a copy where that is not the CPU."""
+    return learner if device == "cpu" else replace(learner, model=copy.deepcopy(learner.model).to(device))
+
+
 def kept_plan(folder: Path) -> Plan | None:
     """The plan of the earlier part of a run, so that its numbers go on as they began; None where there is none."""
     file = folder / "plan.json"

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from toolkit.errors import UserError, unknown
 
 KINDS = ("samplers", "datasets", "models", "algorithms", "loggers")
+SEEN = set[str]()  # modules of code of the user's own
 ANYTHING = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 
 
@@ -192,18 +193,25 @@ def _load(entry: EntryPoint) -> Any:
         raise UserError(f"{entry.name} ({entry.value}) cannot be imported: {type(error).__name__}: {error}") from error
 
 
+def sources() -> list[Path]:
+    """The files of code that names such as module:NAME were resolved to, in the order of the modules' names."""
+    return [Path(file) for name in sorted(SEEN) if (file := getattr(sys.modules.get(name), "__file__", None))]
+
+
 def _module(place: str, name: str) -> ModuleType:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)  # last, so that a file here never hides an installed package
     try:
-        return importlib.import_module(place)
+        module = importlib.import_module(place)
     except ModuleNotFoundError as error:
         if error.name and (place == error.name or place.startswith(f"{error.name}.")):
             raise UserError(f"there is no module {place!r} for {name!r}, neither installed nor in this folder") from None
         raise UserError(f"{place} cannot be imported: {type(error).__name__}: {error}") from error
     except Exception as error:
         raise UserError(f"{place} cannot be imported: {type(error).__name__}: {error}") from error
+    SEEN.add(place)
+    return module
 
 
 def _file(path: Path) -> ModuleType:
@@ -211,6 +219,7 @@ def _file(path: Path) -> ModuleType:
         raise UserError(f"there is no file {path}; give the path of a Python file, from this folder or from the root")
     path = path.resolve()
     name = f"toolkit_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    SEEN.add(name)
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)

@@ -114,7 +114,7 @@ def _records(
     meta = pytree.tree_map(lambda tensor: tensor.detach().clone(), start.meta if start else learner.init())
     leaves = pytree.tree_leaves(meta)
     moved = masters(group, leaves)
-    optimizer = learner.outer.build(moved, meta_lr, fused=not group.sharded)
+    optimizer = learner.outer.build(moved, meta_lr, fused=not (group.sharded or group.ordered))
     if start:
         optimizer.load_state_dict(restored(group, copy.deepcopy(start.optimizer), leaves))
     try:

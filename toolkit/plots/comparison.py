@@ -20,7 +20,7 @@ NEAR = 0.5  # where the methods as trained lie within this part of the way from 
 @frame.styled()
 def comparison(rows: Sequence[dict[str, Any]], families: Mapping[str, Sequence[str]], title: str) -> Figure:
     """The metric after 0..S inner steps, mean over seeds and tasks with its 95 % interval over tasks, for `rows` as
-    `toolkit.runs.comparison.rows` gives them; `families` names the methods of each panel. A ring marks the steps of training.
+    `toolkit.runs.comparison.rows` gives them; `families` names the methods of each panel. A ring marks the result as trained.
     Accuracy is in percent with chance as a dotted line; where all methods end up close together far above chance, the axis is
     of where they differ, and curves that begin at chance come in from below. Anything else is on a log axis, which a curve that
     diverges leaves at the top. Raises UserError when no row is named."""
@@ -41,7 +41,8 @@ def comparison(rows: Sequence[dict[str, Any]], families: Mapping[str, Sequence[s
     for axes, (family, own) in zip(grid.flat, panels.items(), strict=False):
         for row in (row for row in rows if row not in own):
             values = frame.column(row["mean"], scale)
-            (grey,) = axes.plot(values, color="0.75", linestyle="-", linewidth=0.7, marker="", label="other")
+            plain: frame.Keywords = {"color": "0.75", "linestyle": "-", "linewidth": 0.7, "marker": "", "gid": row["method"]}
+            (grey,) = axes.plot(values, **plain, label="in grey")
             shared.append((grey, "other methods"))
         for index, row in enumerate(own):
             shared += _draw(axes, row, index, scale)
@@ -74,12 +75,15 @@ def _draw(axes: Axes, row: dict[str, Any], index: int, scale: float) -> frame.Le
     # An interval wider than its mean says that some tasks diverge; on a log axis it would paint the whole panel.
     drawn = np.ones_like(mean, dtype=bool) if scale != 1.0 else half < mean
     band: frame.Keywords = {"color": line.get_color(), "alpha": 0.2, "linewidth": 0}
+    band |= {"label": f"{row['method']}: 95 % interval"}
     axes.fill_between(range(len(mean)), mean - half, mean + half, where=drawn.tolist(), **band)
-    k = row["trained_steps"]
+    k, over = row["trained_steps"], "tasks and seeds" if row.get("seeds", 1) > 1 else "tasks"
+    told = [frame.band(f"95 % interval over {over}{', where less than the mean' if scale == 1.0 else ''}")]
     if not math.isfinite(mean[k]):
-        return []
-    (ring,) = axes.plot([k], [mean[k]], marker="o", markersize=8, mfc="none", mec="0.2", linestyle="", label="ring")
-    return [(ring, "steps in training")]
+        return told
+    look = {"marker": "o", "markersize": 8, "mfc": "none", "mec": "0.2", "linestyle": "", "gid": row["method"]}
+    (ring,) = axes.plot([k], [mean[k]], **look, label="ring")
+    return [*told, (ring, "as trained")]
 
 
 def _zoom(rows: Sequence[dict[str, Any]]) -> tuple[float, float] | None:

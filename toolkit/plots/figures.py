@@ -18,7 +18,7 @@ from torch import Tensor
 from toolkit.errors import UserError
 from toolkit.plots import frame
 from toolkit.plots.frame import Keywords, Legend, Test
-from toolkit.runs.folder import Run
+from toolkit.runs.folder import Run, result_step
 
 PANEL = 1.95  # inch, the height of one plot with its tick labels
 RIGHT, WRONG = ("✓", "#0072B2"), ("✗", "#C24E00")
@@ -27,7 +27,7 @@ MAX_CLASSES, MAX_SHOTS, MAX_QUERIES = 10, 5, 3  # on a task card
 
 @frame.styled()
 def adaptation(runs: Sequence[Run]) -> Figure:
-    """The test metric against inner steps: mean over tasks, 95 % interval, chance, the steps used in training ringed.
+    """The test metric against inner steps: mean over tasks, 95 % interval, chance, the result as trained ringed.
 
     Accuracy is in percent. Any other metric gets its median too (open markers), and a log axis when mean and median
     range over more than a factor of 10. The numbers at the training step and at the last step stand in the plot for one
@@ -40,9 +40,10 @@ def adaptation(runs: Sequence[Run]) -> Figure:
     named: Legend = []
     shared: Legend = []
     for index, (run, test) in enumerate(zip(runs, tests, strict=True)):
-        name = f"{frame.label(run)}\n{frame.numbers(run, test)}" if len(runs) > 1 else "mean, 95 % interval"
+        name = f"{frame.label(run)}\n{frame.numbers(run, test)}" if len(runs) > 1 else "mean, 95 % interval over tasks"
         named += [(_curve(axes, test, index), name)]
         shared += _marks(axes, run, test, index)
+    shared += [frame.band("95 % interval over tasks")] if len(runs) > 1 else []
     for chance in sorted({run.summary.get("chance") or 0.0 for run in runs} - {0.0}) if percent else []:
         line = axes.axhline(100 * chance, color="0.35", linestyle=":", linewidth=1.2, label="chance")
         shared += [(line, f"chance, {100 * chance:.3g} %")]
@@ -53,7 +54,7 @@ def adaptation(runs: Sequence[Run]) -> Figure:
         axes.set_ylim(bottom=max(-3.0, axes.get_ylim()[0]))
     else:
         frame.log_if_wide(axes, room=0.3)
-    title = f"{frame.heading(runs)}, {frame.distinct([test['tasks'] for test in tests])} test tasks"
+    title = f"{frame.heading(runs)}\n{frame.count([test['tasks'] for test in tests])}"
     frame.finish(figure, title, named, shared, PANEL)
     if len(runs) == 1:
         _write_numbers(figure, axes, runs[0], tests[0])
@@ -78,13 +79,14 @@ def training(runs: Sequence[Run]) -> Figure:
         scale = 100.0 if percent and key == "metric" else 1.0
         named: Legend = []
         for index, run in enumerate(runs):
-            name = frame.label(run) if len(runs) > 1 else "training (smoothed)"
+            name = frame.label(run) if len(runs) > 1 else "training, bold: mean over 1/20 of it"
             named += [(_training(axes, run, key, scale, index), name)]
             shared += _validation(axes, run, key, scale, index)
         axes.set_ylabel(frame.unit(tests[0]) if key == "metric" else "loss")
         if scale == 1.0:
             frame.log_if_wide(axes)
     panels[-1].set_xlabel("iteration")
+    panels[-1].xaxis.set_major_locator(MaxNLocator(5, integer=True))
     return frame.finish(figure, frame.heading(runs), named, shared, PANEL * len(keys))
 
 
@@ -183,11 +185,10 @@ def _marks(axes: Axes, run: Run, test: Test, index: int) -> Legend:
     if not frame.percent(test):
         thin = frame.look(index) | {"linewidth": 0.9, "mfc": "white", "label": "median"}
         marks += [(axes.plot(test["steps"], frame.column(test["median"]), **thin)[0], "median (open)")]
-    if run.summary.get("inner_steps") in test["steps"]:
-        k = test["steps"].index(run.summary["inner_steps"])
+    if (k := result_step(run.result)) is not None and run.summary["inner_steps"] <= test["steps"][-1]:
         height = frame.column(test["mean"], 100.0 if frame.percent(test) else 1.0)[k]
         ring: Keywords = {"marker": "o", "markersize": 10, "mfc": "none", "mec": "0.2", "linestyle": ""}
-        marks += [(axes.plot([test["steps"][k]], [height], **ring, label="ring")[0], "steps in training")]
+        marks += [(axes.plot([test["steps"][k]], [height], **ring, label="ring")[0], "as trained")]
     return marks
 
 
@@ -247,8 +248,10 @@ def _validation(axes: Axes, run: Run, key: str, scale: float, index: int) -> Leg
         at, height = [row["iteration"] for row in rows], frame.column([row[f"val_{key}"] for row in rows], scale)
         bars = frame.column([row.get("val_ci95") if key == "metric" else None for row in rows], scale)
         point = frame.look(index) | {"linestyle": "", "mec": "black", "mew": 0.6, "ecolor": "black", "zorder": 4}
-        bar = axes.errorbar(at, height, yerr=bars, **point, elinewidth=0.8, capsize=2, label="validation")
-        marks += [(bar, "validation")]
+        point |= {"markersize": min(4.0, 120 / len(at)), "capsize": min(2.0, 40 / len(at))}  # many must not hide the line
+        bar = axes.errorbar(at, height, yerr=bars, **point, elinewidth=0.8, label="validation")
+        tasks = run.config.get("val_tasks")
+        marks += [(bar, f"validation, 95 % interval over {tasks} tasks" if tasks else "validation")]
     if key == "metric" and "val_metric" in (chosen := run.summary.get("selected") or {}):
         star: Keywords = {"marker": "*", "markersize": 11, "color": "white", "mec": "black", "linestyle": ""}
         spot = (chosen["iteration"],), frame.column([chosen["val_metric"]], scale)

@@ -14,9 +14,11 @@ from matplotlib import style
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from toolkit.errors import UserError
-from toolkit.runs.folder import Run
+from toolkit.runs.folder import Run, result_step
 
 STYLE = Path(__file__).with_name("toolkit.mplstyle")
 WIDTH, LINE = 3.4, 0.16  # inch: one column, one line of text
@@ -72,6 +74,16 @@ def distinct(values: Sequence[Any]) -> str:
     return ", ".join(dict.fromkeys(str(value) for value in values))
 
 
+def count(tasks: Sequence[int]) -> str:
+    """How many test tasks, in words; the runs may have unlike numbers of them."""
+    return " or ".join(f"{n:,}" for n in sorted(set(tasks))) + f" test task{'s' * (max(tasks) > 1)}"
+
+
+def band(text: str) -> tuple[Patch, str]:
+    """The legend's entry for the bands of all curves."""
+    return Patch(color="0.5", alpha=0.3, linewidth=0), text
+
+
 def percent(test: Test) -> bool:
     """Whether the metric is drawn in percent."""
     return bool(test["metric"] == "accuracy")
@@ -99,9 +111,9 @@ def number(test: Test, k: int) -> str:
 
 
 def marked(run: Run, test: Test) -> list[int]:
-    """The positions in the curve whose numbers are written out: the training step, when it is there, and the last."""
-    steps = test["steps"]
-    return sorted({steps.index(step) for step in [run.summary.get("inner_steps")] if step in steps} | {len(steps) - 1})
+    """The positions in the curve whose numbers are written out: the result and the last."""
+    found, last = result_step(run.result), len(test["steps"]) - 1
+    return sorted({last if found is None else found, last})
 
 
 def numbers(run: Run, test: Test) -> str:
@@ -132,6 +144,10 @@ def log_if_wide(axes: Axes, room: float = 0.05) -> None:
     if values.size and values.min() > 0 and (ratio := values.max() / values.min()) > 10:
         axes.set_yscale("log")
         axes.set_ylim(values.min() / ratio**room, values.max() * ratio**room)
+        if ratio < 300:  # with so few powers of ten, numbers between them, and all in full
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def look(index: int) -> Keywords:

@@ -1,5 +1,7 @@
 """The path of adaptation on one task, over the losses around it."""
 
+import math
+
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
@@ -41,11 +43,13 @@ def landscape(path: Landscape, title: str = "") -> Figure:
     _lines(axes, path, path.loss.numpy(), 1, QUERY)
     _lines(axes, path, path.support_loss.numpy(), 2, SUPPORT)
     beside = axes.inset_axes((1.03, 0.0, 0.04, 1.0))
-    figure.colorbar(filled, cax=beside, label="query loss", ticks=levels[::2], format="%.3g")
+    gap = float(np.diff(levels[::2]).min())  # so many digits that no two labels are alike
+    digits = max(3, 1 + math.ceil(math.log10(abs(levels).max() / gap)))
+    figure.colorbar(filled, cax=beside, label="query loss", ticks=levels[::2], format=f"%.{digits}g")
     axes.set(xlim=(u[0], u[-1]), ylim=(v[0], v[-1]), aspect="equal")
     axes.grid(False)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(5))
+        axis.set_major_locator(MaxNLocator(4))
     share = [f"{100 * part:.3g} % of variance" for part in path.explained.tolist()]
     axes.set_xlabel(f"direction 1: {share[0]}")
     axes.set_ylabel(f"direction 2: {share[1]}" if path.explained[1] > 0 else "slope across the path")
@@ -55,7 +59,7 @@ def landscape(path: Landscape, title: str = "") -> Figure:
     for k, mark in zip((0, len(points) - 1), ENDS, strict=True):
         look: Keywords = mark | {"mfc": "white", "mec": "black", "mew": 0.9, "linestyle": "", "zorder": 4}
         (end,) = axes.plot(*points[[k]].T, **look, label="end" if k else "start")
-        legend.append((end, f"{f'end ({k})' if k else 'start'}, loss {path.path_loss[k]:.3g}"))
+        legend.append((end, f"{f'end ({k})' if k else 'start'}, loss {path.path_loss[k]:.{digits}g}"))
     for name, given in (("query loss", QUERY), ("support loss", SUPPORT)):
         legend.append((Line2D([], [], **{key.removesuffix("s"): value for key, value in given.items()}), name))
     frame.finish(figure, title, legend, [], (frame.WIDTH - 1.15) * (v[-1] - v[0]) / (u[-1] - u[0]) + 0.4)

@@ -54,9 +54,8 @@ def pairs(runs: Sequence[Run]) -> Figure:
     lost = f", {found.lost} left out without a finite value" if found.lost else ""
     head = [f"{frame.heading(runs)}, the same {first.curve.tasks} test tasks{lost}"]
     head += [] if short else [f"A: {frame.label(runs[0])}, B: {frame.label(runs[1])}"]
-    head += [
-        f"{names[1]} higher in {found.wins}, equal in {found.ties}, lower in {found.losses}; sign test p = {found.p_sign:.2g}"
-    ]
+    better, worse = (found.wins, found.losses) if scale > 1 else (found.losses, found.wins)  # of errors, less is better
+    head += [f"{names[1]} better in {better}, equal in {found.ties}, worse in {worse}; sign test p = {found.p_sign:.2g}"]
     return frame.finish(figure, "\n".join(head), [], shared, HEIGHT)
 
 

@@ -39,11 +39,11 @@ def learned_rates(run: Run) -> Figure:
         values = np.stack([frame.column([row.get(key) for row in found]) for key in own])
         look: frame.Keywords = {"color": colour, "linestyle": DASHES[place % len(DASHES)], "marker": "" if len(at) > 1 else "o"}
         if len(own) > 1:
-            axes.plot(at, values.T, **look, linewidth=0.5, alpha=0.5, label="thin")
+            axes.plot(at, values.T, **look, linewidth=0.5, alpha=0.5, label=[key.removeprefix("rate/") for key in own])
         (line,) = axes.plot(at, values.mean(0), **look, linewidth=1.8 if len(own) > 1 else 1.2, label=group)
         legend.append((line, f"{group}, mean of {len(own)} tensors" if len(own) > 1 else group))
     axes.set(xlabel="iteration", ylabel="learned inner rate")
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1))
     title = f"{frame.heading([run])}\nlearned inner rates"
     return frame.finish(figure, title, legend, [], 1.95)
 

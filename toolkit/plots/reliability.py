@@ -9,17 +9,19 @@ from matplotlib.lines import Line2D
 
 from toolkit.errors import UserError
 from toolkit.plots import frame
-from toolkit.runs.folder import Run
+from toolkit.runs.folder import Run, result_step
 
 PANEL, STRIP = 2.1, 0.6  # inch
+FEW = 0.002  # of all queries
 
 
 @frame.styled()
 def reliability(runs: Sequence[Run]) -> Figure:
     """Accuracy against confidence in bins, over all queries of all test tasks, and below it the share of queries in each bin.
 
-    One run is shown before adaptation and after its steps of training, with the gaps of the latter; several after theirs. The
-    expected calibration error stands in the legend. Raises UserError for a run whose evaluation did not measure it.
+    Bins with less than `FEW` of the queries are left out of the upper panel: what a handful of answers happened to be says
+    nothing. One run is shown before adaptation and after its steps of training, with the gaps of the latter; several after
+    theirs. The expected calibration error stands in the legend. Raises UserError for a run whose evaluation did not measure it.
     """
     frame.tests_of(runs)
     for run in runs:
@@ -32,6 +34,7 @@ def reliability(runs: Sequence[Run]) -> Figure:
     axes, strip = figure.subplots(2, 1, sharex=True, height_ratios=(PANEL, STRIP))
     axes.plot([0, 100], [0, 100], color="0.35", linestyle=":", marker="", label="as sure as right")
     shown = [(runs[0], k) for k in sorted({0, _trained(runs[0])})] if len(runs) == 1 else [(run, _trained(run)) for run in runs]
+    shared: frame.Legend = [(axes.get_lines()[0], "as sure as right")]
     named: frame.Legend = []
     most = 0.0
     for index, (run, k) in enumerate(shown):
@@ -43,14 +46,16 @@ def reliability(runs: Sequence[Run]) -> Figure:
         named.append((line, f"{after}: {said}" if len(runs) == 1 else f"{frame.label(run)}\n{said} {after}"))
     if len(runs) == 1:
         x, y = line.get_data()
-        axes.vlines(x, x, y, colors=line.get_color(), linewidth=0.8)
+        gaps = axes.vlines(x, x, y, colors=line.get_color(), linewidth=0.8)
+        shared.append((gaps, "gap"))
     axes.set(ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 100))
     strip.set(xlabel="confidence (%)", ylabel="share (%)", ylim=(0, 105 * (most or 1.0)))
-    return frame.finish(figure, frame.heading(runs), named, [(axes.get_lines()[0], "as sure as right")], PANEL + STRIP)
+    title = f"{frame.heading(runs)}\n{frame.count([run.result['test']['tasks'] for run in runs])}, bins of {FEW:.1%} or more"
+    return frame.finish(figure, title, named, shared, PANEL + STRIP)
 
 
 def _trained(run: Run) -> int:
-    return min(int(run.summary.get("inner_steps") or 0), len(run.result["test"]["steps"]) - 1)
+    return result_step(run.result) or 0
 
 
 def _measured(run: Run, k: int) -> tuple[frame.Numbers, float]:
@@ -70,7 +75,7 @@ def _measured(run: Run, k: int) -> tuple[frame.Numbers, float]:
 
 def _draw(axes: Axes, strip: Axes, diagram: frame.Numbers, index: int, name: str) -> Line2D:
     share, confidence, right = diagram
-    seen, look = (share > 0) & np.isfinite(diagram).all(0), frame.look(index)
+    seen, look = (share >= FEW) & np.isfinite(diagram).all(0), frame.look(index)
     x, y = (100 * sums[seen] / share[seen] for sums in (confidence, right))
     # Where all answers of a bin are right, its mark stands on the edge; unclipped, a line without points has endless extent.
     (line,) = axes.plot(x, y, **look, label=f"{name}: accuracy", clip_on=not seen.any() or x.max() > 100, zorder=3)

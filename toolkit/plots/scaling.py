@@ -21,7 +21,9 @@ def scaling(rows: Sequence[dict[str, Any]], here: Mapping[str, Any], there: Mapp
     most = max(row["processes"] for row in rows)
     for index, (name, costs) in enumerate(here.items()):
         look = frame.look(index)
-        line_only, points_only = look | {"marker": "none"}, look | {"linestyle": "none"}
+        # Hollow and of unlike sizes: points of two workloads often lie on one another.
+        line_only = look | {"marker": "none"}
+        points_only = look | {"linestyle": "none", "mfc": "none", "markersize": 4 + 3 * index}
         own = [row for row in rows if row["workload"] == name]
         numbers = range(1, most + 1)
         (line,) = left.plot(numbers, [costs.speedup(n) for n in numbers], **line_only, label=f"{name}, by the model")

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from toolkit.errors import UserError
 from toolkit.plots import frame
@@ -31,16 +33,18 @@ def training_seeds(runs: Sequence[Run]) -> Figure:
         if not common:
             raise UserError(f"the seeds of {method} were validated at no common iteration; give runs of one --validate-every")
         look = frame.look(index)
-        thin = look | {"marker": "", "linewidth": 0.7, "alpha": 0.6}
+        faint = look | {"marker": "", "linewidth": 0.7, "alpha": 0.6}
         for run, course in zip(group, courses, strict=True) if len(group) > 1 else []:
-            axes.plot(list(course), list(course.values()), **thin, label=f"{method}, seed {run.config['seed']}")
+            axes.plot(list(course), list(course.values()), **faint, label=f"{method}, seed {run.config['seed']}")
         means = [float(np.mean([course[at] for course in courses])) for at in common]
         name = f"{method}, mean of {len(group)} seeds" if len(group) > 1 else f"{method}, one seed"
         (line,) = axes.plot(common, means, **look, linewidth=2.0, markevery=max(1, len(common) // 8), label=name)
         named.append((line, name))
+    thin: frame.Legend = [(Line2D([], [], color="0.4", linewidth=0.7), "single seeds")] if len(runs) > len(groups) else []
     axes.set(xlabel="iteration", ylabel=f"validation {frame.unit(tests[0])}")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     frame.log_if_wide(axes) if scale == 1.0 else None
-    return frame.finish(figure, frame.heading(runs), named, [], PANEL)
+    return frame.finish(figure, frame.heading(runs), named, thin, PANEL)
 
 
 def _course(run: Run, scale: float) -> dict[int, float]:

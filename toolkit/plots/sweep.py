@@ -53,7 +53,8 @@ def sweep(runs: Sequence[Run], over: str) -> Figure:
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     frame.log_if_wide(axes) if scale == 1.0 else None
-    return frame.finish(figure, frame.heading(runs[:1]) if len(cells) == 1 else frame.heading(runs), named, [], PANEL)
+    title = frame.heading(runs[:1]) if len(cells) == 1 else frame.heading(runs)
+    return frame.finish(figure, f"{title}\n{frame.count([run.result['test']['tasks'] for run in runs])}", named, [], PANEL)
 
 
 def _entry(group: Sequence[Run], place: str) -> Entry:

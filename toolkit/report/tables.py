@@ -41,7 +41,7 @@ def runs(views: Sequence[View]) -> Html:
         ("Worst tenth", True, lambda view: _metric(_at(view.worst, view.trained), view.percent)),
         ("Batch norm", False, _batch_norm),
         ("Training (min)", True, lambda view: _minutes(view.cost("seconds"))),
-        ("Peak memory (MB)", True, lambda view: _count(view.cost("peak_mb"))),
+        ("Peak memory (MiB)", True, lambda view: _count(view.cost("peak_mb"))),
         ("Adapted parameters", True, lambda view: _count(view.cost("adapted_parameters"))),
     ]
     heads = [tag("th", "Run", scope="col"), *(tag("th", head, scope="col", class_=NUMBER[n]) for head, n, _ in columns)]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from toolkit.curve import Curve
-from toolkit.runs.folder import Run, size_words
+from toolkit.runs.folder import Run, result_step, size_words
 
 T = TypeVar("T")
 Column = list[float | None]
@@ -38,8 +38,8 @@ class View:
 
     @property
     def trained(self) -> int | None:
-        """The position in `steps` of the steps of training, or of the last where training took more."""
-        trained = number(self.summary.get("inner_steps"))
+        """The position in `steps` of the result (`result_step`)."""
+        trained = result_step(self.summary)
         reached = [k for k, step in enumerate(self.steps) if trained is not None and step <= trained]
         return reached[-1] if reached else None
 

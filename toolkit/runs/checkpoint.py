@@ -116,6 +116,23 @@ def beside(model: nn.Module) -> dict[str, tuple[str, str, str]]:
     }
 
 
+def check_fits(folder: Path, state: dict[str, Any], own: Meta, code: str) -> None:
+    """Raises UserError where the meta-parameters of a checkpoint have other names or shapes than the learner's `own`, as after
+    a change of the model's code; other changes of the code cannot be judged, and are told."""
+    if not state:
+        return
+    both = (meta._replace(stats={}) for meta in (Meta(**state["meta"]), own))
+    kept, now = ({name: tuple(tensor.shape) for name, tensor in flatten(meta).items()} for meta in both)
+    if wrong := [name for name in kept | now if kept.get(name) != now.get(name)]:
+        had, wants = (shapes.get(wrong[0], "not there") for shapes in (kept, now))
+        raise UserError(
+            f"the checkpoint of {folder} does not fit this model: {wrong[0]} was {had} and is {wants}; resume with the code "
+            "that began the run, or choose another --out"
+        )
+    if state.get("code", code) != code:
+        log.warning("the code has changed since the checkpoint of %s; the run goes on with the code as it is now", folder)
+
+
 def check_beside(folder: Path, state: dict[str, Any], now: dict[str, tuple[str, str, str]]) -> None:
     """Raises UserError where the weights of a checkpoint stood beside others than `now`. A buffer of another shape is one that
     the model makes for its inputs."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from toolkit.curve import Curve
 from toolkit.errors import UserError
 from toolkit.intervals import Difference, paired
-from toolkit.runs.folder import Run, config_hash, names
+from toolkit.runs.folder import Run, config_hash, names, result_step
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,9 @@ class Entry:
 
     @property
     def trained_steps(self) -> int:
-        """The point of the curve that counts as the method's result: the steps of its training; the last for what was trained
-        without adaptation and adapts at test time all the same."""
-        steps = min(self.inner_steps, self.curve.steps)
-        moves = not torch.equal(*(self.curve.metric[:, k].nan_to_num() for k in (0, -1)))
-        return self.curve.steps if steps == 0 and moves else steps
+        """The point of the curve that counts as the method's result (`result_step`)."""
+        mean = self.curve.mean().nan_to_num().tolist()
+        return result_step({"inner_steps": self.inner_steps, "test": {"mean": mean}}) or 0
 
     @property
     def inner_steps(self) -> int:
@@ -207,7 +205,7 @@ def table(found: Sequence[dict[str, Any]], base: str = "maml") -> str:
     percent = found[0]["metric"] == "accuracy"
     last = len(found[0]["mean"]) - 1
     head = ["method", "0 steps", "1 step", "as trained (steps)", f"{last} steps", f"minus {base} (paired)", "seeds' s.d.",
-            "training", "peak MB", "learned", "adapts",
+            "training", "peak MiB", "learned", "adapts",
             "transductive"]  # fmt: skip
     lines = [head, ["---"] * len(head)]
     for row in found:

@@ -7,6 +7,7 @@ example.safetensors  one test task with predictions                      checkpo
 
 import hashlib
 import json
+import logging
 import math
 import shutil
 import sys
@@ -20,9 +21,12 @@ from typing import Any
 from torch import Tensor
 
 import toolkit
+from toolkit import plugins
 from toolkit.curve import Curve
 from toolkit.errors import UserError
 from toolkit.files import replace
+
+log = logging.getLogger("toolkit")
 
 # These say where a run is kept and how it is watched; they cannot change its numbers.
 NOT_HASHED = (
@@ -159,6 +163,18 @@ def _is_row(row: Any) -> bool:
     return all(value is None or isinstance(value, int | float) for value in row.values())
 
 
+def result_step(summary: Mapping[str, Any]) -> int | None:
+    """The inner steps after which a run's test counts as its result: those of its training, or the last tested where that is
+    less; the last also for what was trained without adaptation and adapts at test time all the same. None where the summary
+    does not say."""
+    steps, test = summary.get("inner_steps"), summary.get("test")
+    mean = test.get("mean") if isinstance(test, dict) else None
+    if not isinstance(steps, int) or not isinstance(mean, list) or not mean:
+        return None
+    last = len(mean) - 1
+    return last if steps == 0 and mean[0] != mean[-1] else min(steps, last)
+
+
 def names(paths: Sequence[Path]) -> list[str]:
     """The shortest end of each path that tells it from the others, which are all different."""
     ends = [["/".join(path.resolve().parts[-n:]) for n in range(1, len(path.resolve().parts) + 1)] for path in paths]
@@ -188,9 +204,9 @@ def config_hash(config: dict[str, Any]) -> str:
 
 
 def source_hash() -> str:
-    """Identifies the code that runs: all of the toolkit, and the script that was started."""
+    """Identifies the code that runs: all of the toolkit, the script that was started, and the plug-ins that were resolved."""
     digest = hashlib.sha256()
-    for file in (*sorted(Path(toolkit.__file__).parent.rglob("*.py")), Path(sys.argv[0])):
+    for file in (*sorted(Path(toolkit.__file__).parent.rglob("*.py")), Path(sys.argv[0]), *plugins.sources()):
         digest.update(file.read_bytes() if file.is_file() else b"")
     return digest.hexdigest()[:16]
 
@@ -198,9 +214,11 @@ def source_hash() -> str:
 def refuse(path: Path, config: dict[str, Any], resume: bool, overwrite: bool) -> bool:
     """Whether the run that is to be resumed is finished already.
 
-    Raises UserError when the folder exists and neither `resume` nor `overwrite` was asked for, when it is no run folder, when
-    it was made with another configuration, or is to be replaced and is the working directory.
+    What an earlier run in this place replaced is settled first. Raises UserError when the folder exists and neither `resume`
+    nor `overwrite` was asked for, when it is no run folder, when it was made with another configuration, or is to be replaced
+    and is the working directory.
     """
+    settle(path)
     if not _holds_something(path):
         return False
     if not (path / "config.json").exists():
@@ -217,20 +235,20 @@ def refuse(path: Path, config: dict[str, Any], resume: bool, overwrite: bool) ->
 
 
 def prepare(path: Path, config: dict[str, Any], resume: bool, overwrite: bool) -> Run:
-    """The run folder for `config`, made when it is not there. One that is replaced is kept aside until `let_go`.
+    """The run folder for `config`, made when it is not there. One that is replaced is kept aside until `settle`.
 
     Raises UserError as `refuse`.
     """
     refuse(path, config, resume, overwrite)
     place = path.resolve()
-    if _holds_something(path):
-        if not resume:
-            # What is aside already was to be replaced by a run that has saved nothing.
-            shutil.rmtree(place) if _aside(path).exists() else place.rename(_aside(path))
-    elif not path.exists():
-        let_go(path)
-    place.mkdir(parents=True, exist_ok=True)
-    write_json(path / "config.json", config)
+    if _holds_something(path) and not resume:
+        place.rename(_aside(path))
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        write_json(path / "config.json", config)
+    except BaseException:
+        settle(path)
+        raise
     return Run(path)
 
 
@@ -238,17 +256,17 @@ def _holds_something(path: Path) -> bool:
     return path.exists() and (not path.is_dir() or any(path.iterdir()))
 
 
-def let_go(path: Path) -> None:
-    """Removes what the run folder replaced, now that it holds something itself."""
-    if _aside(path).exists():
-        shutil.rmtree(_aside(path))
-
-
-def put_back(path: Path) -> None:
-    """Of a run that came to nothing: what its folder replaced is there again, if it replaced anything."""
-    if _aside(path).exists():
-        shutil.rmtree(path.resolve(), ignore_errors=True)
-        _aside(path).rename(path.resolve())
+def settle(path: Path) -> None:
+    """What a run folder replaced, if anything, is removed once the folder holds a checkpoint or a result of its own, and is
+    there again where the new run came to nothing, be it killed before it saved anything."""
+    if not (aside := _aside(path)).exists():
+        return
+    if (path / "summary.json").exists() or any((path / "checkpoints").glob("step-*/manifest.json")):
+        shutil.rmtree(aside)
+        return
+    shutil.rmtree(path.resolve(), ignore_errors=True)
+    aside.rename(path.resolve())
+    log.warning("%s is as it was: the run that was to replace it saved nothing", path)
 
 
 def _aside(path: Path) -> Path:

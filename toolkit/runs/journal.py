@@ -41,10 +41,12 @@ class Journal:
         self.began = time.perf_counter() - seconds
         if path is None:
             return
-        with open(path, "ab") as file:
+        with open(path, "ab+") as file:
             if file.tell() < size:
                 log.warning("%s is shorter than at the checkpoint; the rows in between are lost", path)
-            file.truncate(min(size, file.tell()))
+                file.seek(0)
+                size = file.read().rfind(b"\n") + 1  # a row that was cut would spoil the next
+            file.truncate(size)
 
     @property
     def seconds(self) -> float:

@@ -19,7 +19,7 @@ from toolkit.learner import Learner, Meta
 from toolkit.metrics import ece
 from toolkit.norms import TRANSDUCTIVE
 from toolkit.plan import Plan
-from toolkit.runs.folder import NOT_HASHED, config_hash
+from toolkit.runs.folder import NOT_HASHED, config_hash, result_step
 from toolkit.task import Batch
 from toolkit.tree import numel
 
@@ -197,7 +197,7 @@ def table(summary: dict[str, Any]) -> str:
     ]
     for i, step in enumerate(test["steps"]):
         cells = [_number(test[key][i], percent) for key in ("mean", "ci95", "median")]
-        mark = " <- as trained" if step == summary["inner_steps"] else ""
+        mark = " <- as trained" if i == result_step(summary) else ""
         lines.append(
             f"{step:>5} {cells[0]:>8} {'±' + cells[1]:>8} {cells[2]:>8} {_number(test['loss'][i], False):>8} "
             f"{test['finite'][i]:>7.1%}{mark}"
@@ -208,7 +208,7 @@ def table(summary: dict[str, Any]) -> str:
 def _card_line(summary: dict[str, Any]) -> str:
     """The rest of the evaluation card on a line, after the steps of training."""
     last = len(summary["test"]["steps"]) - 1
-    k, card, percent = min(summary["inner_steps"], last), summary["card"], "ece" in summary["card"]
+    k, card, percent = result_step(summary) or 0, summary["card"], "ece" in summary["card"]
     said = [f"after {k} step{'s' * (k != 1)}:"]
     if percent:
         said += [f"NLL {card['nll'][k]:.3f}, Brier {card['brier'][k]:.3f}, calibration error {100 * card['ece'][k]:.1f}%,"]
@@ -228,7 +228,7 @@ def _cost_line(cost: dict[str, Any]) -> list[str]:
         stored, shared = (f"{cost[key] / 1e3:,.4g} kB" for key in ("task_bytes", "model_bytes"))
         said.append(f"{stored} to store for a task beside the model's {shared}")
     if cost.get("peak_mb"):
-        said.append(f"{cost['peak_mb']:,.0f} MB at most")
+        said.append(f"{cost['peak_mb']:,.0f} MiB at most")
     if cost.get("joules") is not None:
         said.append(f"{cost['joules']:,.0f} J ({cost['joules_of']})")
     return [f"cost: {', '.join(said)}"] if said else []

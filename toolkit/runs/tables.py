@@ -135,7 +135,7 @@ def _result(entry: Entry, step: int) -> str:
     known = f"{100 * half:.2f}" if percent else f"{half:.3f}"
     text = f"{100 * mean:.2f}" if percent else f"{mean:.3f}"
     text += f" ± {known if math.isfinite(half) else '?'}"
-    text += "" if percent else f" (median {entry.values(step).nanmedian():.3f})"
+    text += "" if percent else f" (median {entry.values(step).nanquantile(0.5):.3f})"
     return text if bool(finite.all()) else f"{text}, {1 - float(finite.double().mean()):.1%} of tasks lost"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import UserError
-from toolkit.runs.folder import Run
+from toolkit.runs.folder import Run, result_step
 
 BARS = " ▁▂▃▄▅▆▇█"
 WIDTH = 48  # characters of a curve
@@ -51,7 +51,7 @@ def view(run: Run) -> str:
 
 def _tested(summary: dict[str, Any]) -> str:
     test = summary["test"]
-    k = min(int(summary.get("inner_steps") or 0), len(test["mean"]) - 1)
+    k = result_step(summary) or 0
     percent = test["metric"] == "accuracy"
     mean, half = (
         "not finite" if value is None else f"{100 * value:.2f}" if percent else f"{value:.4g}"
