@@ -17,7 +17,7 @@ from toolkit.runs.comparison import table as comparison_table
 REFERENCE = Path(__file__).parents[2] / "results" / "reference"
 COMPARISONS = (
     "compare-sinusoid", "compare-omniglot-5w1s", "compare-omniglot-20w1s", "compare-intents-5w1s", "compare-intents-5w5s",
-    "compare-intents-15w1s",
+    "compare-intents-15w1s", "compare-intents-15w5s",
 )  # fmt: skip
 SHARED_MODEL = "shared_model"
 
