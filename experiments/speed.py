@@ -462,7 +462,9 @@ def write(rows: list[Row], config: Config) -> None:
         drawn = [asdict(row) for row in rows if row.section == section and row.unit != "GFLOP/s"]
         for unit in {row["unit"]: None for row in drawn}:
             name = section if unit != "ms" or section == "steps" else f"{section}-time"
-            save(bars([row for row in drawn if row["unit"] == unit], name), config.out / name)
+            spread = f"medians of {config.rounds} rounds, whiskers from lowest to highest"
+            title = f"{name}: {spread}\n(×: times as good as {BASE[section]})"
+            save(bars([row for row in drawn if row["unit"] == unit], title), config.out / name)
 
 
 def machine() -> dict[str, str]:

@@ -82,8 +82,8 @@ def numbers(figure: Figure) -> Iterator[Row]:
 
 
 def _drawn(axes: Axes) -> Iterator[tuple[str, Any, list[tuple[Value, Value, Value, Value]]]]:
-    errors = {id(box.lines[0]): box for box in axes.containers if isinstance(box, ErrorbarContainer)}
-    caps = {id(cap) for box in errors.values() for cap in box.lines[1]}
+    boxes = [box for box in axes.containers if isinstance(box, ErrorbarContainer)]
+    errors, caps = {id(box.lines[0]): box for box in boxes}, {id(cap) for box in boxes for cap in box.lines[1]}
     for line in axes.get_lines():
         if id(line) not in caps:
             box = errors.get(id(line))
@@ -97,7 +97,11 @@ def _drawn(axes: Axes) -> Iterator[tuple[str, Any, list[tuple[Value, Value, Valu
         if isinstance(bars, BarContainer) and bars.orientation == "vertical":
             yield "bars", bars, [(b.get_x() + b.get_width() / 2, float(b.get_height()), "", "") for b in bars]
         elif isinstance(bars, BarContainer):
-            yield "bars", bars, [(float(b.get_width()), b.get_y() + b.get_height() / 2, "", "") for b in bars]
+            whiskers = bars.errorbar.lines[2][0].get_segments() if bars.errorbar else []
+            ends: list[tuple[Value, Value]] = [(float(start[0]), float(end[0])) for start, end in whiskers]
+            ends = ends or [("", "")] * len(bars)
+            places = ((float(b.get_width()), b.get_y() + b.get_height() / 2) for b in bars)
+            yield "bars", bars, [(*place, *pair) for place, pair in zip(places, ends, strict=True)]
     for patch in axes.patches:
         if isinstance(patch, StepPatch):
             heights, edges, _ = patch.get_data()
