@@ -132,6 +132,16 @@ def test_rows_after_the_checkpoint_are_cut_off(tmp_path: Path) -> None:
     assert Journal(path, 10).size == 0, "a run that starts anew has no rows"
 
 
+def test_a_window_that_was_open_goes_on(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "metrics.jsonl", 4 * ROWS)
+    for i in range(1, 7):
+        journal.add(noted(i, float(i), 0.0))
+    again = Journal(journal.path, 4 * ROWS, size=journal.size, window=json.loads(json.dumps(journal.window)))
+    for i in (7, 8):
+        again.add(noted(i, float(i), 0.0))
+    assert [(row["iteration"], row["loss"]) for row in Run(tmp_path).metrics] == [(4, 2.5), (8, 6.5)]
+
+
 def test_a_file_shorter_than_recorded_costs_a_warning_and_is_not_padded(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -165,3 +165,19 @@ def test_what_else_is_refused(place: Path) -> None:
         fill(place / "plain.md")
     with pytest.raises(UserError, match=r"unknown column 'seed'.*did you mean 'seeds'"):
         tables.checked(["seed"])
+
+
+def test_a_damaged_run_is_left_out_with_a_sentence(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from toolkit.cli import main
+
+    (place / "reference" / "c" / "curve.json").write_text("{")
+    good, bad = (str(place / "reference" / name) for name in ("b", "c"))
+    monkeypatch.setattr("sys.argv", ["toolkit", "table", good, bad])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    out, said = capsys.readouterr()
+    assert "anil" in out and "protonet" not in out
+    assert said.startswith("left out: ") and "curve.json is damaged" in said and said.count("\n") == 1

@@ -218,16 +218,25 @@ def table(arguments: argparse.Namespace) -> int:
         raise UserError("no table is asked for; give table files or run folders, or --into FILE")
     for file in arguments.into:
         print(f"{file}: {'written anew' if tables.fill(file) else 'is as it was'}")
-    if arguments.sources:
-        files = [path for path in arguments.sources if path.suffix == ".json"]
-        rows = [row for file in files for row in tables.read(file)]
-        rows += tables.of_runs([opened(path) for path in arguments.sources if path not in files])
-        if not rows:
-            raise UserError(f"{', '.join(map(str, files))} has no finished run yet; `make results` makes them")
+    files, runs, lost = [path for path in arguments.sources if path.suffix == ".json"], list[Run](), list[UserError]()
+    for run in (opened(path) for path in arguments.sources if path not in files):
+        try:
+            _ = run.result, run.curve
+            runs.append(run)
+        except UserError as error:  # the others can still be shown
+            lost.append(error)
+    rows = [row for file in files for row in tables.read(file)] + tables.of_runs(runs)
+    if lost and not rows:
+        raise lost[0]
+    for error in lost:
+        print(f"left out: {error}", file=sys.stderr)
+    if rows:
         asked = [name.strip() for name in arguments.columns.split(",")] if arguments.columns else tables.COLUMNS
         render = tables.markdown if arguments.format == "markdown" else tables.latex
         print(render(rows, tables.checked(asked)))
-    return 0
+    elif files:
+        raise UserError(f"{', '.join(map(str, files))} has no finished run yet; `make results` makes them")
+    return 2 if lost else 0
 
 
 def report(arguments: argparse.Namespace) -> int:

@@ -191,7 +191,8 @@ def _train(job: Job) -> Outcome:
     done, plan = state.iteration if state else 0, job.plan
     energy = Energy(counters(flags.device), saved.get("joules") if saved else 0.0)
     size, seconds = saved.get("metrics_bytes", 0), saved.get("seconds", 0.0)
-    journal = Journal(None if group.rank else job.folder / "metrics.jsonl", flags.iterations, size, seconds)
+    file, window = None if group.rank else job.folder / "metrics.jsonl", saved.get("window", ())
+    journal = Journal(file, flags.iterations, size, seconds, window=window)
     if not group.rank:  # now, so that they find the journal as it was at the checkpoint
         try:
             journal.loggers = loggers(flags.logger, job.folder, Run(job.folder).config, done)
@@ -207,9 +208,9 @@ def _train(job: Job) -> Outcome:
             return
         optimizer = whole(state.optimizer)
         if not group.rank:
-            journal.flush()
             journal.sync()
             content = {"selected": selected, "seconds": journal.seconds, "metrics_bytes": journal.size}
+            content |= {"window": journal.window}
             content |= {"iteration": state.iteration, "meta": state.meta._asdict(), "optimizer": optimizer}
             content |= {"joules": energy.joules(), "beside": job.beside, "code": source_hash()}
             checkpoint.save(checkpoints, state.iteration, best, content, job.identity)

@@ -25,7 +25,8 @@ class Journal:
     """Appends to `path`. Training records are averaged over windows, and written when one is full.
 
     Without a path, as in all processes but the first, the rows are only returned. A resumed run gives the `size` in bytes that
-    the file had at its checkpoint, so that no row repeats, and the `seconds` that had passed by then.
+    the file had at its checkpoint, so that no row repeats, the `seconds` that had passed by then, and the records of the
+    `window` that was open: so its rows are those of a run that was never stopped.
     """
 
     def __init__(
@@ -35,9 +36,10 @@ class Journal:
         size: int = 0,
         seconds: float = 0.0,
         loggers: Iterable[Callable[[Row], object]] = (),
+        window: Iterable[tuple[int, float, float]] = (),
     ) -> None:
         self.path, self.every, self.loggers = path, -(-iterations // ROWS), list(loggers)
-        self.window: list[Record] = []
+        self.window = list(window)
         self.began = time.perf_counter() - seconds
         if path is None:
             return
@@ -60,7 +62,7 @@ class Journal:
 
     def add(self, record: Record) -> dict[str, float] | None:
         """Notes one iteration. Returns the row when it filled a window."""
-        self.window.append(record)
+        self.window.append((record.iteration, record.loss, record.metric))
         return self.flush() if len(self.window) >= self.every else None
 
     def flush(self) -> dict[str, float] | None:
@@ -69,9 +71,9 @@ class Journal:
             return None
         n = len(self.window)
         row = {
-            "iteration": self.window[-1].iteration,
-            "loss": sum(record.loss for record in self.window) / n,
-            "metric": sum(record.metric for record in self.window) / n,
+            "iteration": self.window[-1][0],
+            "loss": sum(loss for _, loss, _ in self.window) / n,
+            "metric": sum(metric for *_, metric in self.window) / n,
             "seconds": round(self.seconds, 3),
         }
         self.window.clear()
