@@ -163,6 +163,13 @@ def hung_first(group: Group) -> dict[str, Any]:
     return stopping(group, 0)
 
 
+def hung_within(group: Group) -> dict[str, Any]:
+    """The last process is alive, but comes late."""
+    time.sleep(5.0 if group.rank else 0.0)
+    group.gathered(0)
+    return {}
+
+
 def hung_left(group: Group) -> dict[str, Any]:
     """The first process stops without dying, and the others are done."""
     if not group.rank:

@@ -118,6 +118,15 @@ def test_a_process_that_hangs_ends_the_others_with_a_sentence(case: str, rank: i
 
 
 @pytest.mark.slow
+def test_of_a_process_that_takes_long_the_others_say_that_they_wait(tmp_path: Path) -> None:
+    ends = finished(start(["-m", "tests.processes", "hung_within", str(tmp_path)], 2), 60)
+    assert [code for code, *_ in ends] == [0, 0]
+    said = [line for *_, errors in ends for line in errors.splitlines() if "wait for another" in line]
+    why = "some of the 2 processes wait for another for more than 2 s: it takes long, or it hangs"
+    assert said == [f"{why}; after 2 hours the run would end"]
+
+
+@pytest.mark.slow
 def test_who_is_done_does_not_wait_for_a_process_that_hangs(tmp_path: Path) -> None:
     running = start(["-m", "tests.processes", "hung_left", str(tmp_path)], 2)
     _, errors = running[1].communicate(timeout=60)

@@ -228,8 +228,8 @@ def table(arguments: argparse.Namespace) -> int:
     rows = [row for file in files for row in tables.read(file)] + tables.of_runs(runs)
     if lost and not rows:
         raise lost[0]
-    for error in lost:
-        print(f"left out: {error}", file=sys.stderr)
+    for why in lost:
+        print(f"left out: {why}", file=sys.stderr)
     if rows:
         asked = [name.strip() for name in arguments.columns.split(",")] if arguments.columns else tables.COLUMNS
         render = tables.markdown if arguments.format == "markdown" else tables.latex

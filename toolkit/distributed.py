@@ -8,10 +8,12 @@ of processes, each adding its pieces one by one, so that the order of all additi
 """
 
 import hashlib
+import logging
 import os
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -29,9 +31,11 @@ from torch.utils import _pytree as pytree
 from toolkit.errors import UserError
 
 T = TypeVar("T")
+log = logging.getLogger("toolkit")
 BEAT, PATIENCE = 5.0, 45.0  # seconds between two signs of life, and without any until a process counts as lost
 ROLL_CALL = timedelta(minutes=2)  # until all must have started
 STUCK = timedelta(hours=2)  # until a collective gives up; whoever is dead is noticed long before
+WAITING: list[float] = []  # since when this process waits for the others, while it does
 
 
 class Lost(UserError):
@@ -170,11 +174,14 @@ class Group:
 
     @contextmanager
     def _talk(self) -> Iterator[None]:
+        WAITING[:] = [time.monotonic()]
         try:
             yield
         except (RuntimeError, OSError) as error:  # how gloo and NCCL say that nobody answers
             reason = re.sub(r"^\[[^]]*\] ", "", " ".join(str(error).split())).split(". ")[0]
             raise Lost(f"another of the {self.size} processes is gone ({reason[:200]})") from None
+        finally:
+            WAITING.clear()
 
 
 ALONE = Group()
@@ -270,6 +277,10 @@ def _watch(notes: Store, over: threading.Event, beats: list[int], beat: float, p
         beats[0] += 1
         if reason:
             _end(reason)
+        if any(time.monotonic() - since > patience for since in WAITING):  # for one that is alive, and may still come
+            say = f"some of the {size} processes wait for another for more than {patience:.0f} s: it takes long, or it hangs"
+            if not said_already(say):
+                log.warning("%s; after %.0f hours the run would end", say, STUCK.total_seconds() / 3600)
 
 
 def _guard(over: threading.Event, beats: list[int], beat: float, patience: float) -> None:
