@@ -1,6 +1,7 @@
 """A finished run opened again: other tasks, an exact repetition, a task's picture, and what cannot be done in one sentence."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -323,6 +324,26 @@ def test_a_run_without_weights(finished: Callable[..., Run], tmp_path: Path) -> 
     shutil.rmtree(run.path / "checkpoints")
     said = refused(lambda: evaluated(run, []))
     assert said.endswith(f"has no checkpoint, only numbers; `toolkit rerun {run.path}` makes its weights anew")
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "said"),
+    [
+        ("config.json", "tasks", "abc", r"config\.json is damaged \(tasks cannot be 'abc'\)"),
+        ("config.json", "inner_lr", None, r"config\.json is damaged \(inner_lr cannot be None\)"),
+        ("config.json", "algorithm", ["maml"], r"config\.json is damaged \(algorithm cannot be \('maml',\)\)"),
+        ("config.json", "sampler", None, r"config\.json is damaged \(sampler cannot be None\)"),
+        ("summary.json", "cost", [], r"summary\.json is damaged"),
+        ("summary.json", "plan", None, r"summary\.json is damaged"),
+        ("summary.json", "selected", None, r"of \S+ that was tested is damaged|summary\.json is damaged"),
+    ],
+)
+def test_what_was_edited_by_hand_is_told_in_a_sentence(
+    file: str, key: str, value: Any, said: str, finished: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = finished(tmp_path, "sinusoid")
+    write_json(run.path / file, json.loads((run.path / file).read_text()) | {key: value})
+    assert re.search(said, refused(lambda: evaluated(Run(run.path), [])))
 
 
 def test_a_run_of_another_kind(tmp_path: Path) -> None:

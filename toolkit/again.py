@@ -10,12 +10,13 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
 from toolkit import experiment, parts, plugins
+from toolkit.arguments import fits
 from toolkit.errors import UserError
 from toolkit.flags import PROTOCOLS, EpisodeFlags, Flags, checked
 from toolkit.landscape import landscape
@@ -51,14 +52,16 @@ def flags_of(run: Run, words: Sequence[str] = (), about: str = "", prog: str = "
     import tyro
 
     kind: type[Flags] = EpisodeFlags if "ways" in run.config else Flags
-    known = {field.name: field for field in fields(kind)}
+    types = get_type_hints(kind)
     if missing := {"algorithm", "iterations", "eval_tasks", "sampler"} - run.config.keys():
         raise UserError(
             f"{run.path} has no {sorted(missing)[0]} in its config.json; only runs of `experiment.run` can be opened again"
         )
-    given: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in run.config.items() if key in known}
+    given: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in run.config.items() if key in types}
     given |= {"data_root": Path(given["data_root"])} if given.get("data_root") else {}
     given |= {"out": None, "resume": False, "overwrite": False, "logger": (), "protocol": None}
+    if wrong := [key for key, value in given.items() if not fits(value, types[key])]:
+        raise run.damaged("config.json", f"{wrong[0]} cannot be {given[wrong[0]]!r}")
     untyped: dict[str, Any] = {key: "" for key in CODE if plugins.is_code(str(given.get(key) or ""), f"{key}s")}
     flags = tyro.cli(kind, default=kind(**(given | untyped)), args=list(words), prog=prog, description=about)
     if lacking := [key for key in untyped if not getattr(flags, key)]:
@@ -92,7 +95,8 @@ def evaluated(run: Run, words: Sequence[str]) -> tuple[Path, dict[str, Any]]:
         before = run.config[field.name] if field.name in ("algorithm", "model") else getattr(kept, field.name)
         if getattr(flags, field.name) != before and field.name not in TEST_ONLY:
             flag = field.name.replace("_", "-")
-            raise UserError(f"--{flag} belongs to training, which is over; `toolkit evaluate` takes {_listed(TEST_ONLY)}")
+            taken = ", ".join("--" + name.replace("_", "-") for name in TEST_ONLY)
+            raise UserError(f"--{flag} belongs to training, which is over; `toolkit evaluate` takes {taken}")
     flags = _as_trained(flags, kept)
     if flags.sampler != kept.sampler and flags.dataset == kept.dataset:
         flags = replace(flags, dataset=None, dataset_args=())
@@ -108,11 +112,8 @@ def evaluated(run: Run, words: Sequence[str]) -> tuple[Path, dict[str, Any]]:
     where = words.index("--data-root") if "--data-root" in words else len(words)
     typed = [*words[:where], *words[where + 2 :]]  # a data root belongs to a machine
     place = run.path.name if run.path.is_absolute() else str(run.path)
-    traces = {
-        "git": code_version(),
-        "command": shlex.join(["toolkit", "evaluate", place, *typed]),
-        "weights_of": run.path.name,
-    }
+    traces = {"git": code_version(), "command": shlex.join(["toolkit", "evaluate", place, *typed])}
+    traces |= {"weights_of": run.path.name}
     try:
         summary = judged(folder, flags, config, learner, outcome, tasks.test, tasks.chance, traces)
     finally:
@@ -268,9 +269,12 @@ def _weights(run: Run) -> tuple[Meta, dict[str, Any]]:
 
 
 def _outcome(run: Run) -> Outcome:
-    cost, plan = run.summary["cost"], Plan.stored(run.summary["plan"])
-    known = cost.get("meta_gradient_operations"), cost.get("joules"), cost.get("joules_of") or ""  # of later versions
-    return Outcome(Meta({}, {}), run.summary["selected"], cost["seconds"], plan, cost["peak_mb"], *known)
+    try:
+        cost, plan, selected = run.summary["cost"], Plan.stored(run.summary["plan"]), dict(run.summary["selected"])
+        known = cost.get("meta_gradient_operations"), cost.get("joules"), cost.get("joules_of") or ""  # of later versions
+        return Outcome(Meta({}, {}), selected, cost["seconds"], plan, cost["peak_mb"], *known)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise run.damaged("summary.json", error) from None
 
 
 def _fitting(run: Run, learner: Learner) -> Meta:
@@ -293,7 +297,3 @@ def _fitting(run: Run, learner: Learner) -> Meta:
 
     params = {name: own.params[name] if name in wrong else weights.params[name] for name in own.params}
     return Meta(placed(params, {}), placed(weights.learned, own.learned), placed(weights.stats, {}))
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join("--" + name.replace("_", "-") for name in names)

@@ -1,6 +1,8 @@
-"""The words of a command line, before they are parsed: settings with a dot, and presets."""
+"""The words of a command line before they are parsed, settings with a dot and presets; and what was once parsed, read again."""
 
-from typing import Any
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from toolkit.errors import UserError, unknown
 
@@ -40,3 +42,17 @@ def preset(presets: dict[str, dict[str, Any]], arguments: list[str]) -> dict[str
     if name not in presets:
         raise unknown("preset", name, ["default", *presets])
     return presets[name] | {"preset": name}
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value can be that of a flag of this type: a plain one, a path, one of some words, tuples of these, or none."""
+    kind, inside = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return any(fits(value, each) for each in inside)
+    if kind is Literal:
+        return value in inside
+    if kind is tuple:
+        return isinstance(value, tuple) and all(fits(each, inside[0]) for each in value)
+    if hint in (bool, int):
+        return type(value) is hint
+    return isinstance(value, {float: (int, float), Path: (str, Path)}.get(hint, hint))

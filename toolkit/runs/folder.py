@@ -73,7 +73,7 @@ class Run:
                 if [value is None or math.isfinite(value) for value in test[key]] != [True] * len(steps):
                     raise ValueError(f"test {key} is not a number for each of its steps")
         except (KeyError, TypeError, ValueError) as error:
-            raise self._damaged("summary.json", error) from None
+            raise self.damaged("summary.json", error) from None
         return summary
 
     @cached_property
@@ -83,7 +83,7 @@ class Run:
         try:
             return Curve.from_json(data)
         except (KeyError, TypeError, ValueError) as error:
-            raise self._damaged("curve.json", error) from None
+            raise self.damaged("curve.json", error) from None
 
     @cached_property
     def metrics(self) -> list[dict[str, float]]:
@@ -103,7 +103,7 @@ class Run:
                 rows.append(row)
             elif not (torn and number == len(lines)):
                 why = f"line {number} is no row of a run, which has an iteration and numbers by name"
-                raise self._damaged("metrics.jsonl", why)
+                raise self.damaged("metrics.jsonl", why)
         return rows
 
     @cached_property
@@ -116,9 +116,9 @@ class Run:
         try:
             found = load(self._bytes(name))
         except SafetensorError as error:
-            raise self._damaged(name, error) from None
+            raise self.damaged(name, error) from None
         if missing := {"support_x", "support_y", "query_x", "query_y", "steps", "predictions"} - found.keys():
-            raise self._damaged(name, f"it has no {sorted(missing)[0]}")
+            raise self.damaged(name, f"it has no {sorted(missing)[0]}")
         return found
 
     def _bytes(self, name: str) -> bytes:
@@ -131,18 +131,19 @@ class Run:
         try:
             return self._bytes(name).decode()
         except UnicodeDecodeError as error:
-            raise self._damaged(name, error) from None
+            raise self.damaged(name, error) from None
 
     def _json(self, name: str) -> dict[str, Any]:
         try:
             data = json.loads(self._read(name))
         except json.JSONDecodeError as error:
-            raise self._damaged(name, error) from None
+            raise self.damaged(name, error) from None
         if not isinstance(data, dict):
-            raise self._damaged(name, f"it is a {type(data).__name__}, not names with values")
+            raise self.damaged(name, f"it is a {type(data).__name__}, not names with values")
         return data
 
-    def _damaged(self, name: str, error: Exception | str) -> UserError:
+    def damaged(self, name: str, error: Exception | str) -> UserError:
+        """The error for a file of the folder that cannot be used."""
         return UserError(f"{self.path / name} is damaged ({error}); restore it or repeat the run")
 
     def _missing(self, name: str) -> UserError:
