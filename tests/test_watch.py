@@ -47,12 +47,13 @@ def test_the_result_of_a_run_that_is_done(tmp_path: Path, capsys: pytest.Capture
     folder(tmp_path, ROWS)
     test = {"metric": "accuracy", "steps": [0, 1], "mean": [0.2, 0.9], "ci95": [0.1, None], "tasks": 6000}
     summary = {"algorithm": "anil", "sampler": "glyphs", "test": test, "inner_steps": 1}
-    for name, steps, said in [
-        ("accuracy", 0, "20.00 ± 10.00 % after 0 steps"),
-        ("accuracy", 1, "90.00 ± not finite % after 1 step"),
-        ("squared error", 0, "0.2 ± 0.1 after 0 steps"),
+    for name, steps, last, said in [
+        ("accuracy", 0, 0.2, "20.00 ± 10.00 % after 0 steps"),
+        ("accuracy", 0, 0.9, "90.00 ± not finite % after 1 step"),  # trained without steps, and adapts all the same
+        ("accuracy", 1, 0.9, "90.00 ± not finite % after 1 step"),
+        ("squared error", 0, 0.2, "0.2 ± 0.1 after 0 steps"),
     ]:
-        changed = summary | {"test": test | {"metric": name}, "inner_steps": steps}
+        changed = summary | {"test": test | {"metric": name, "mean": [0.2, last]}, "inner_steps": steps}
         (tmp_path / "summary.json").write_text(json.dumps(changed))
         follow(tmp_path)
         assert capsys.readouterr().out.splitlines()[-1] == f"tested: {name} {said}, 6,000 tasks"
