@@ -15,7 +15,7 @@ import torch
 from experiments import omniglot, quickstart, sinusoid
 from toolkit import Batch, Task, UserError, algorithms, draw, evaluate, experiment
 from toolkit.data.bank import ClassBank
-from toolkit.distributed import Lost
+from toolkit.distributed import Group, Lost
 from toolkit.experiment import run
 from toolkit.flags import launch
 from toolkit.metrics import squared_error
@@ -273,6 +273,18 @@ def test_a_process_lost_within_a_validation_costs_no_validation(
     assert torch.equal(again.curve.loss, whole.curve.loss)
     strip = [[{k: v for k, v in row.items() if k != "seconds"} for row in found.metrics] for found in (again, whole)]
     assert strip[0] == strip[1]
+
+
+def test_processes_compare_the_tasks_that_they_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undrawn: None) -> None:
+    """Other data or another file of a sampler on one machine would add up gradients of other tasks, which no flag shows."""
+    seen = list[dict[str, Any]]()
+    monkeypatch.setattr(Group, "agree", lambda group, facts, advice: seen.append(facts))
+    flags = sinusoid.Config(iterations=1, tasks=2, compile=False, val_tasks=2, eval_tasks=2, eval_steps=1)
+    learner = algorithms.maml(mlp(), loss=squared_error, metric=squared_error)
+    for i, shots in enumerate((5, 6, 6)):
+        run(replace(flags, out=tmp_path / f"{i}"), "sinusoid", learner, *[Sinusoid(shots, 5)] * 3)
+    five, six, again = (facts["task 0 of training"] for facts in seen if "task 0 of training" in facts)
+    assert five != six == again
 
 
 def test_a_changed_model_does_not_go_on_by_another_ones_weights(
