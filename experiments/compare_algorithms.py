@@ -135,6 +135,8 @@ class Config:
     """Meta-updates of every method; by default the setting's."""
     jobs: int = 1
     """Runs at a time."""
+    device: str = "cpu"
+    """Where to compute."""
     data_root: Path = Path("data")
     """Folder that holds the data sets."""
     out: Path | None = None
@@ -192,7 +194,8 @@ def main(config: Config) -> None:
 
 def _run(config: Config, setting: Setting, method: str, seed: int, folder: Path) -> str | None:
     """Runs one method to its end, or on from its newest checkpoint; returns the last line of its output if it failed."""
-    options = {setting.flag: method} | setting.common | setting.methods[method] | {"seed": seed, "out": folder}
+    options = {setting.flag: method} | setting.common | setting.methods[method]
+    options |= {"seed": seed, "device": config.device, "out": folder}
     if config.iterations:
         options |= {"iterations": config.iterations, "validate_every": min(config.iterations, 500)}
     if setting.script != "sinusoid.py":

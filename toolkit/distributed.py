@@ -165,6 +165,7 @@ class Group:
         for dtype in sorted({leaf.dtype for leaf in leaves}, key=str):
             own = [i for i, leaf in enumerate(leaves) if leaf.dtype == dtype]
             flat = torch.cat([leaves[i].reshape(-1) for i in own])
+            flat = flat.cpu() if flat.is_cuda and "nccl" not in str(dist.get_backend_config()) else flat
             with self._talk():
                 collective(flat)
             for i, part in zip(own, flat.split([leaves[i].numel() for i in own]), strict=True):
@@ -210,23 +211,33 @@ def join(beat: float = BEAT, patience: float = PATIENCE) -> None:
     of life for `patience` seconds, or whose machine is gone, ends the others with a sentence."""
     if not started() or dist.is_initialized():
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:
         store, rank, size = next(rendezvous("env://", timeout=ROLL_CALL))
         notes = PrefixStore("toolkit", store)
-        notes.set(f"here/{rank}", "1")
+        notes.set(f"here/{rank}", _own_gpu())
         notes.wait([f"here/{other}" for other in range(size)], ROLL_CALL)
+        gpus = [notes.get(f"here/{other}").decode() for other in range(size)]
     except RuntimeError:
         total, seconds = os.environ["WORLD_SIZE"], f"{ROLL_CALL.total_seconds():.0f}"
         raise Lost(f"of {total} processes not all started within {seconds} s; look at what the others say") from None
-    kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    # NCCL wants a GPU for each; gloo adds what lies on one by way of the host.
+    kinds = "cpu:gloo,cuda:nccl" if all(gpus) and len(set(gpus)) == size else "gloo"
+    if not rank and kinds == "gloo" and any(gpus):
+        log.info("%d processes have %d GPUs: with --device cuda they add by way of the host", size, len({*gpus} - {""}))
     dist.init_process_group(kinds, timeout=STUCK, store=store, rank=rank, world_size=size)
     over, beats = threading.Event(), [0]
     watch = threading.Thread(target=_watch, args=(notes, over, beats, beat, patience), daemon=True, name="watch")
     watch.start()
     threading.Thread(target=_guard, args=(over, beats, beat, patience), daemon=True, name="guard").start()
     JOINED.append(Joined(notes, watch, over))
+
+
+def _own_gpu() -> str:
+    """Takes the GPU that is this process's, by its number on its machine; its name in the world, "" where there is none."""
+    if not torch.cuda.is_available():
+        return ""
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return str(torch.cuda.get_device_properties().uuid)
 
 
 def leave() -> None:

@@ -23,7 +23,7 @@ from toolkit.algorithms import maml
 from toolkit.choose import free
 from toolkit.metrics import squared_error
 from toolkit.probe import TOLERANCE, meta_objective, meta_slopes, mismatch, undisturbed, words
-from toolkit.task import Batch, Task
+from toolkit.task import Batch, Task, move
 
 NEEDED = ("torch", "torchvision", "numpy", "scipy", "matplotlib")
 OPTIONAL = ("learn2learn", "peft", "datasets", "tensorboard", "wandb", "trackio", "transformers", "timm")
@@ -123,11 +123,15 @@ def _second_order() -> tuple[bool, str]:
     model, tasks = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double(), _toy()
     for p in model.parameters():
         p.data = torch.linspace(-1, 1, p.numel(), dtype=torch.float64).view(p.shape)
-    learner = maml(model, loss=squared_error, metric=squared_error, inner_lr=0.1, inner_steps=2)
-    with undisturbed():
-        params = learner.init().params
-        off = mismatch(partial(meta_objective, learner, tasks), meta_slopes(learner, params, tasks, "vmap"), params)
-    return off < TOLERANCE, f"a meta-gradient is off by {off:.0e} of its length from differences, in float64"
+    off = {}
+    for device in ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))):
+        learner = maml(model.to(device), loss=squared_error, metric=squared_error, inner_lr=0.1, inner_steps=2)
+        own = move(tasks, device)
+        with undisturbed():
+            params = learner.init().params
+            off[device] = mismatch(partial(meta_objective, learner, own), meta_slopes(learner, params, own, "vmap"), params)
+    found = ", ".join(f"{each:.0e}" + (f" on {device}" if len(off) > 1 else "") for device, each in off.items())
+    return max(off.values()) < TOLERANCE, f"a meta-gradient is off by {found} of its length from differences, in float64"
 
 
 def _two_processes(patience: float = PATIENCE) -> tuple[bool, str]:

@@ -1,4 +1,5 @@
-"""Functions of tensors as recorded operations: traced once, replayed without Python's and autograd's work, or compiled.
+"""Functions of tensors as recorded operations: traced once, replayed without Python's and autograd's work, or compiled. On a
+CUDA device the replay is one graph of kernels, launched at once: those of small networks end before the next is launched.
 
 What is recorded is what torch runs, derivatives included, so a replay gives the same numbers. A recording holds for one set of
 shapes, strides and names, and for a function that does the same for all values of its tensors: one that looks at them cannot
@@ -31,6 +32,8 @@ PATIENCE, GLANCE = 120.0, 10.0  # seconds that the compiler gets, and between tw
 class Recorder:
     """`function(learner, *trees)` by its recording for each `layout` of trees that `prepare` was called with; else as it is.
 
+    On a CUDA device the recordings of one recorder share the memory that their graphs keep between calls.
+
     `prepare` also compares what is `judged` of the first result with that of the function itself, both against `exact`, the
     same in float64 (None where there is none). What cannot be recorded or compiled, or comes out wrong, runs as it is, with a
     warning.
@@ -41,6 +44,7 @@ class Recorder:
     ) -> None:
         self.function, self.compiled, self.exact, self.judged = function, compiled, exact, judged
         self.made: dict[Any, Recording | None] = {}
+        self.pool: Any = None
 
     def prepare(self, learner: Any, *trees: Any) -> None:
         """Records for this layout, unless it is done. Not for threads: recording is the work of one."""
@@ -54,6 +58,10 @@ class Recorder:
             if self.compiled:
                 step = "torch.compile"
                 recording = compiled(recording)
+                found = recording(*trees)
+            if all(leaf.is_cuda for leaf in recording.example):
+                self.pool = self.pool or torch.cuda.graph_pool_handle()
+                recording = captured(recording, self.pool)
                 found = recording(*trees)
         except Exception as error:  # whatever they stumble on, the run can go on without it
             reason = (str(error).strip().splitlines() or [repr(error)])[0]
@@ -148,6 +156,40 @@ def compiled(recording: Recording, mended: tuple[Path, ...] = ()) -> Recording:
         return compiled(recording, (*mended, file))
     log.info("compiled in %.1f s", time.perf_counter() - began)
     return Recording(fast, recording.result, recording.example)
+
+
+def captured(recording: Recording, pool: Any) -> Recording:
+    """The recording as one CUDA graph, whose memory comes from `pool`; as it is where a graph cannot hold it, as where an
+    operation waits for the device."""
+    try:
+        return Recording(Captured(recording.graph, recording.example, pool), recording.result, recording.example)
+    except RuntimeError as error:
+        log.info("no CUDA graph of it (%s); its operations are launched one by one", str(error).strip().splitlines()[0])
+        return recording
+
+
+class Captured:
+    """The operations `graph` as a CUDA graph: it reads and writes memory of its own, so arguments are copied in and results
+    out. Threads take turns."""
+
+    def __init__(self, graph: Callable[..., list[Tensor]], example: list[Tensor], pool: Any) -> None:
+        self.turn, self.replayed = threading.Lock(), torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.device(example[0].device):
+            self.given = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t) for t in example]
+            aside = torch.cuda.Stream()  # what libraries prepare in their first call cannot be captured
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                graph(*self.given)
+            torch.cuda.current_stream().wait_stream(aside)
+            # Of this thread alone: others may go on with what a capture of all would forbid them.
+            with torch.cuda.graph(self.replayed, pool, capture_error_mode="thread_local"):
+                self.results = graph(*self.given)
+
+    def __call__(self, *leaves: Tensor) -> list[Tensor]:
+        with self.turn, torch.cuda.device(leaves[0].device):
+            torch._foreach_copy_(self.given, leaves)
+            self.replayed.replay()
+            return [result.clone() for result in self.results]
 
 
 def damaged(error: BaseException) -> Path | None:

@@ -145,9 +145,9 @@ def command(flags: Any, experiment: str) -> str:
 
 
 def peak_mb(device: str) -> int:
-    """The most memory held so far: by the process on a CPU, by tensors on a GPU."""
+    """The most memory held so far: by the process on a CPU, taken by it from a GPU."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device) // 2**20
+        return torch.cuda.max_memory_reserved(device) // 2**20
     import resource  # not on every system, and needed only here
 
     unit = 2**20 if sys.platform == "darwin" else 2**10
