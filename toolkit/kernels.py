@@ -150,29 +150,47 @@ def _batched(a: Tensor, b: Tensor, bias: Tensor | None, kind: str, shape: Any, g
         return rows.unflatten(1, (a.shape[1], height, -1)).permute(0, 1, 4, 2, 3)  # type: ignore[no-any-return]
     slopes = a.permute(0, 1, 3, 4, 2)
     if kind == "weight":
-        product = _patches(b, shape[3:], g).transpose(1, 2) @ slopes.flatten(1, 3)
+        rows, slopes = _patches(b, shape[3:], g), slopes.flatten(1, 3)
+        if a.is_cuda:
+            rows, slopes = (t.unflatten(1, (_shares(*a.shape[:2]), -1)) for t in (rows, slopes))
+            product = (rows.transpose(2, 3) @ slopes).sum(1)
+        else:
+            product = rows.transpose(1, 2) @ slopes
         return product.unflatten(1, (*shape[3:], shape[2])).permute(0, 4, 3, 1, 2)  # type: ignore[no-any-return]
+    (tasks, examples, channels, height, width), (down, right) = shape, b.shape[3:]
+    if a.is_cuda and g.stride == (1, 1):  # by the convolution with the kernel turned around, in fewer and larger steps
+        (top, left), (rise, side) = g.padding, g.dilation
+        turned = g._replace(padding=(rise * (down - 1) - top, side * (right - 1) - left))
+        return _batched(a, b.flip(3, 4).transpose(1, 2), None, "output", None, turned)
     parts = (slopes.flatten(1, 3) @ _matrix(b).transpose(1, 2)).unflatten(1, slopes.shape[1:4])
-    tasks, examples, channels, height, width = shape
     top, left = g.padding
-    whole = parts.new_zeros(tasks, examples, height + 2 * top, width + 2 * left, channels)
-    for part, window in zip(parts.split(channels, -1), _windows(whole.shape[2:4], b.shape[3:], g), strict=True):
+    whole = parts.new_zeros(tasks * examples, height + 2 * top, width + 2 * left, channels)
+    for part, window in zip(parts.flatten(0, 1).split(channels, -1), _windows(whole.shape[1:3], b.shape[3:], g), strict=True):
         whole[window] += part
-    return whole[:, :, top : top + height, left : left + width].permute(0, 1, 4, 2, 3)  # type: ignore[no-any-return]
+    inside = whole[:, top : top + height, left : left + width]
+    return inside.unflatten(0, (tasks, examples)).permute(0, 1, 4, 2, 3)  # type: ignore[no-any-return]
+
+
+def _shares(tasks: int, examples: int) -> int:
+    """Into how many sums of neighbouring examples each task's is cut: a GPU is busy with some hundred products at a time, and a
+    product of few numbers by few, over millions of pixels, is not cut by its libraries."""
+    return next((n for n in range(1, examples) if examples % n == 0 and n * tasks >= 256), examples)
 
 
 def _patches(x: Tensor, size: Size, g: Geometry) -> Tensor:
     """What each output pixel sees: (tasks, pixels, kernel height * kernel width * channels)."""
     top, left = g.padding
-    x = F.pad(x.permute(0, 1, 3, 4, 2), (0, 0, left, left, top, top))
-    return torch.cat([x[window] for window in _windows(x.shape[2:4], size, g)], -1).flatten(1, 3)
+    # Tasks and examples as one axis: torch joins five axes by a copy of each part on a GPU, four in one go.
+    images = F.pad(x.permute(0, 1, 3, 4, 2), (0, 0, left, left, top, top)).flatten(0, 1)
+    seen = torch.cat([images[window] for window in _windows(images.shape[1:3], size, g)], -1)
+    return seen.flatten(0, 2).unflatten(0, (x.shape[0], -1))
 
 
 def _windows(padded: Size, size: Size, g: Geometry) -> list[Any]:
-    """For each place of the kernel the slice of a padded (tasks, examples, height, width, channels) that it meets."""
+    """For each place of the kernel the slice of padded (images, height, width, channels) that it meets."""
     down, right = (n - d * (k - 1) for n, d, k in zip(padded, g.dilation, size, strict=True))
     return [
-        (slice(None), slice(None), slice(i, i + down, g.stride[0]), slice(j, j + right, g.stride[1]))
+        (slice(None), slice(i, i + down, g.stride[0]), slice(j, j + right, g.stride[1]))
         for i in range(0, size[0] * g.dilation[0], g.dilation[0])
         for j in range(0, size[1] * g.dilation[1], g.dilation[1])
     ]
