@@ -18,8 +18,8 @@ of 32 and one by one, learn2learn's `Taskset` (endless, so that it remembers no 
 which reads PNG files, as its examples do. All give float images in [0, 1] and labels.
 
 The rows of a workload are measured in turn, round after round, so that what else the machine does hits them alike; a figure is
-the median over rounds. Writes speed.md, speed.json and a bar plot of each section to `--out`, of a GPU to speed-cuda.*. The
-committed figures: results/speed/speed.md.
+the median over rounds. Writes speed.md, speed.json and a bar plot of each section to `--out`, of a GPU under names with -cuda.
+The committed figures: results/speed/speed.md and speed-cuda.md.
 """
 
 import atexit
@@ -30,6 +30,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -81,7 +82,7 @@ class Config:
     only: tuple[str, ...] = ()
     """Sections to measure, of steps, memory, evaluation, start and samplers; all by default."""
     match: str = ""
-    """Workloads of steps to measure: those with this in their name."""
+    """Workloads of steps to measure: those whose name has this regular expression in it, whatever the case."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where steps, memory and evaluation are measured."""
     rounds: int = 7
@@ -245,7 +246,7 @@ def steps(config: Config) -> list[Row]:
     rows, rate = [], product_rate(config.device)
     rows.append(Row("steps", "matrix product of 2048 x 2048", "torch", rate / 1e9, "GFLOP/s", rate / 1e9, rate / 1e9))
     for work in workloads():
-        if config.match.lower() not in work.name.lower():
+        if not re.search(config.match, work.name, re.IGNORECASE):
             continue
         subjects = {f"toolkit: {plan}": partial(ours, work, plan, config.device) for plan in _plans(work, config.device)}
         subjects |= {name: partial(peer, work, name, config.device) for name in work.peers if _there(name, config.device)}
@@ -427,6 +428,10 @@ def main(config: Config) -> None:
             raise unknown("section", name, SECTIONS)
     if config.rounds < 1 or not config.seconds > 0:
         raise UserError(f"{config.rounds} rounds of {config.seconds} seconds; give at least 1 and more than 0")
+    try:
+        re.compile(config.match)
+    except re.error as error:
+        raise UserError(f"--match {config.match} is no pattern ({error}); give a part of a workload's name") from None
     asked = config.only or tuple(SECTIONS)
     for package in dict.fromkeys(package for name in asked for package in PEERS[name]):
         try:
@@ -464,6 +469,7 @@ def write(rows: list[Row], config: Config) -> None:
             name = section if unit != "ms" or section == "steps" else f"{section}-time"
             spread = f"medians of {config.rounds} rounds, whiskers from lowest to highest"
             title = f"{name}: {spread}\n(×: times as good as {BASE[section]})"
+            name = name if config.device == "cpu" else f"{name}-cuda"
             save(bars([row for row in drawn if row["unit"] == unit], title), config.out / name)
 
 

@@ -241,7 +241,7 @@ def test_the_doctor_looks_at_the_gpu(tmp_path: Path) -> None:
 def test_two_processes_find_what_one_finds(more: tuple[str, ...], tmp_path: Path) -> None:
     numbers = {"iterations": 30, "tasks": 5, "val-tasks": 5, "eval-tasks": 7, "eval-steps": 2, "validate-every": 15}
     flags = [word for name, value in numbers.items() for word in (f"--{name}", str(value))]
-    shared = ["experiments/sinusoid.py", "--device", "cuda", "--map", "vmap", *flags, *more]
+    shared = ["experiments/sinusoid.py", "--device", "cuda", "--map", "vmap", "--no-compile", *flags, *more]
     for size in (1, 2):
         own = shared[:-1] if size == 1 and more[-1] == "--shard" else shared
         for rank, (code, _, errors) in enumerate(finished(start([*own, "--out", str(tmp_path / str(size))], size))):

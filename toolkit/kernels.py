@@ -183,7 +183,7 @@ def _patches(x: Tensor, size: Size, g: Geometry) -> Tensor:
     # Tasks and examples as one axis: torch joins five axes by a copy of each part on a GPU, four in one go.
     images = F.pad(x.permute(0, 1, 3, 4, 2), (0, 0, left, left, top, top)).flatten(0, 1)
     seen = torch.cat([images[window] for window in _windows(images.shape[1:3], size, g)], -1)
-    return seen.flatten(0, 2).unflatten(0, (x.shape[0], -1))
+    return seen.flatten(0, 2).unflatten(0, (x.shape[0], -1))  # type: ignore[no-any-return]
 
 
 def _windows(padded: Size, size: Size, g: Geometry) -> list[Any]:
