@@ -16,9 +16,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from tests.conftest import convolutional, task_batch
-from toolkit import Batch, Plan, Task, UserError, algorithms, distributed, evaluate, train
-from toolkit.distributed import Group, here, join, leave
+from toolkit import Batch, Plan, Task, UserError, algorithms, distributed, evaluate, processes, train
+from toolkit.distributed import Group, here
 from toolkit.engine import gradient_function
+from toolkit.processes import join, leave
 from toolkit.rules import SGD
 from toolkit.sharded import whole
 from toolkit.task import take
@@ -137,7 +138,7 @@ def talk(group: Group) -> dict[str, Any]:
         "gathered": group.gathered(group.rank),
         "any": (group.any(group.rank == group.size - 1), group.any(False)),
         "said": said,
-        "repeated": [distributed.said_already(f"sentence {i}") for i in range(3)],
+        "repeated": [processes.said_already(f"sentence {i}") for i in range(3)],
     }
 
 
@@ -188,7 +189,7 @@ def stopping(group: Group, rank: int) -> dict[str, Any]:
 if __name__ == "__main__":
     case, folder = sys.argv[1], Path(sys.argv[2])
     if case == "absent":
-        distributed.ROLL_CALL = timedelta(seconds=1)
+        processes.ROLL_CALL = timedelta(seconds=1)
     join(*((0.3, 2.0) if case.startswith("hung") else ()))
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     result = globals()[case](here())

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ import torch
 
 from tests import processes
 from tests.conftest import relative
-from toolkit.distributed import ALONE, Group, added
+from toolkit.distributed import ALONE, Group, added, here
 from toolkit.errors import UserError
+from toolkit.processes import own_gpu
 from toolkit.runs.folder import Run
 
 ROOT = Path(__file__).parent.parent
@@ -95,6 +97,31 @@ def test_several_processes_find_what_one_finds(size: int, alone: dict[str, Any],
         assert few == f"{size} processes cannot share {size - 1} tasks; start at most {size - 1}, or give more --tasks"
     for said in zip(*(each["talk"]["repeated"] for each in ranks), strict=True):
         assert sorted(said) == [False, *[True] * (size - 1)]  # one of them says it
+
+
+def test_parts_on_a_shared_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("is_initialized", True), ("get_rank", 0), ("get_world_size", 2)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: "cpu:gloo,cuda:gloo")
+    assert here(sharded=True).sharded and not here(device="cuda").sharded
+    with pytest.raises(UserError, match="--shard keeps parts on GPUs of their own, but processes share one; start as many as"):
+        here(sharded=True, device="cuda:0")
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
+    assert here(sharded=True, device="cuda:0").sharded
+
+
+def test_processes_take_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    assert torch.cuda.is_available() or own_gpu() == ""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(uuid=f"card {taken[-1]}"))
+    names = []
+    for rank in range(3):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        names.append(own_gpu())
+    assert names == ["card 0", "card 1", "card 0"]
 
 
 def test_a_lost_process_ends_the_others_with_a_sentence(tmp_path: Path) -> None:

@@ -218,6 +218,33 @@ def test_only_the_plain_formula_of_attention_is_used(plan: Plan) -> None:
     assert torch.backends.cuda.flash_sdp_enabled() == before
 
 
+def test_convolutions_are_not_rounded() -> None:
+    seen: list[str] = []
+
+    def forward(own: Any, x: Tensor) -> Tensor:
+        seen.append(torch.backends.cudnn.conv.fp32_precision)
+        return own.head(x)  # type: ignore[no-any-return]
+
+    learner = algorithms.maml(Lambda(forward, head=nn.Linear(3, 2)).double())
+
+    def precisions() -> set[str]:
+        seen.clear()
+        meta_gradient(learner, learner.init(), task_batch())
+        evaluate(learner, learner.init(), lambda generator: take(task_batch(), 0), 2, 1)
+        return set(seen)
+
+    before = torch.backends.cudnn.conv.fp32_precision
+    assert before == "tf32", "rounding must be torch's default, or this test proves nothing"
+    assert precisions() == {"none"}
+    assert torch.backends.cudnn.conv.fp32_precision == before and torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
+        assert precisions() == {"ieee"} and torch.backends.cudnn.conv.fp32_precision == "ieee"
+    finally:
+        torch.backends.cudnn.allow_tf32 = True
+    assert torch.backends.cudnn.conv.fp32_precision == before
+
+
 def test_a_frozen_parameter_is_left_out_and_the_rest_is_exact() -> None:
     model = dense()
     model[0].weight.requires_grad_(False)

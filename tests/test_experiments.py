@@ -15,11 +15,12 @@ import torch
 from experiments import omniglot, quickstart, sinusoid
 from toolkit import Batch, Task, UserError, algorithms, draw, evaluate, experiment
 from toolkit.data.bank import ClassBank
-from toolkit.distributed import Group, Lost
+from toolkit.distributed import Group
 from toolkit.experiment import run
 from toolkit.flags import launch
 from toolkit.metrics import squared_error
 from toolkit.models import mlp
+from toolkit.processes import Lost
 from toolkit.runs.folder import Run
 from toolkit.samplers import Sinusoid
 

@@ -9,11 +9,11 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # Who may import whom, lowest first: a module may import those of earlier lines only (and its own room).
 LAYERS = [
-    ["errors", "files", "stopping"],
+    ["errors", "files", "stopping", "products"],
     ["plugins", "intervals", "arguments", "cluster"],
     ["task", "tree", "energy"],
-    ["metrics", "kernels", "curve", "modules", "outer", "allocator", "distributed"],
-    ["norms"],
+    ["metrics", "kernels", "curve", "modules", "outer", "allocator", "processes"],
+    ["norms", "distributed"],
     ["data", "rules"],
     ["models"],
     ["samplers", "learner", "rule_line"],

@@ -11,7 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, vmap
 
 from tests.conftest import relative
-from toolkit import kernels
+from toolkit import kernels, products
 from toolkit.norms import Norms
 
 GEOMETRIES: dict[str, dict[str, Any]] = {
@@ -94,7 +94,9 @@ SHARED: dict[str, tuple[bool, bool, bool]] = {
 
 @pytest.mark.parametrize("shared", SHARED)
 @pytest.mark.parametrize("what", [*GEOMETRIES, "batch norm"])
-def test_vmap_equals_a_loop_to_second_order(what: str, shared: str) -> None:
+@pytest.mark.parametrize("gpu", [False, True], ids=["", "as on a GPU"])
+def test_vmap_equals_a_loop_to_second_order(what: str, shared: str, gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_on_gpu", lambda tensor: gpu)
     options = GEOMETRIES.get(what, {})
     function = curved(normed if what == "batch norm" else lambda *a: kernels.conv2d(*a, **options))
     base = [t.detach() for t in (images() if what == "batch norm" else given(options.get("groups", 1)))]

@@ -8,7 +8,7 @@ order, so a run repeats bit for bit.
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
@@ -167,12 +167,29 @@ def exact_attention() -> Any:
     return sdpa_kernel(SDPBackend.MATH)
 
 
+@contextmanager
+def unrounded() -> Iterator[None]:
+    """Convolutions of float32 in float32: by torch's default cuDNN rounds their factors to 10 bits (TF32). What else was asked
+    of torch stays."""
+    cudnn: Any = torch.backends.cudnn
+    if {cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision} != {"tf32"}:
+        yield
+        return
+    cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32 = True
+
+
 def exact_layers(learner: Learner) -> ExitStack:
-    """Attention and recurrent layers in a form that can be differentiated twice, which cuDNN's recurrent kernels cannot be."""
+    """Attention and recurrent layers in a form that can be differentiated twice, which cuDNN's recurrent kernels cannot be, and
+    convolutions unrounded."""
     stack = ExitStack()
     stack.enter_context(exact_attention())
     if _recurs_by_cudnn(learner):
         stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+    stack.enter_context(unrounded())
     return stack
 
 

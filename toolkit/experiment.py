@@ -13,10 +13,10 @@ import torch
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from toolkit import parts, plugins
+from toolkit import parts, plugins, processes
 from toolkit.backend import backend
 from toolkit.cost import operations
-from toolkit.distributed import Group, Lost, fingerprint, here
+from toolkit.distributed import Group, fingerprint, here
 from toolkit.energy import Energy, counters
 from toolkit.engine import switched
 from toolkit.errors import UserError
@@ -57,7 +57,7 @@ def run(
     """
     git = code_version()  # now: the files may change while the run goes on
     config = configuration(flags, experiment, learner)
-    group = here(flags.reduce == "ordered", flags.shard)
+    group = here(flags.reduce == "ordered", flags.shard, flags.device)
     beside = checkpoint.beside(learner.model)
     group.agree(
         facts(config) | {f"as {name}": " ".join(said) for name, said in beside.items()},
@@ -249,7 +249,7 @@ def _train(job: Job) -> Outcome:
                     bar.close()
                     log.info("stopped after iteration %d; the same command with --resume goes on", record.iteration)
                     sys.exit(128 + (stopped or [signal.SIGTERM])[0])
-        except (NotFinite, NoMemory, Lost) as error:
+        except (NotFinite, NoMemory, processes.Lost) as error:
             # What stopped all of them alike is saved by the first. Where that one stands alone, it still saves what it has all
             # of; else parts of the optimiser are out of reach, and the newest checkpoint must do. So it must within a
             # validation, which a resume would take for done.

@@ -15,10 +15,10 @@ from torch import nn
 from toolkit import algorithms
 from toolkit.arguments import preset, undotted
 from toolkit.cluster import asked, submit, without
-from toolkit.distributed import join, leave, said_already, started
 from toolkit.errors import UserError, in_words, plain_output
 from toolkit.learner import Learner
 from toolkit.metrics import accuracy, cross_entropy
+from toolkit.processes import join, leave, said_already, started
 from toolkit.rule_line import parse
 from toolkit.rules import Clip
 from toolkit.tuning import settings, tuned

@@ -134,8 +134,9 @@ def count(tasks: Task) -> int:
 
 
 def move(tasks: T, device: torch.device | str) -> T:
-    """The same tasks on `device`."""
-    moved: T = pytree.tree_map(lambda tensor: tensor.to(device, non_blocking=True), tasks)
+    """The same tasks on `device`. Nobody waits for a copy to a GPU, where all later work queues behind it; of a copy from there
+    the CPU would read what has not arrived yet."""
+    moved: T = pytree.tree_map(lambda tensor: tensor.to(device, non_blocking=not tensor.is_cuda), tasks)
     return moved
 
 
