@@ -30,7 +30,7 @@ def test_the_flag_is_taken_out_of_the_command() -> None:
 
 def test_a_stopped_job_goes_on() -> None:
     pytest.importorskip("submitit")
-    (again,) = [Work(("a.py", "--seed", "1")).checkpoint().function]
+    (again,) = [Work(("a.py", "--overwrite", "--seed", "1")).checkpoint().function]
     assert again == Work(("a.py", "--seed", "1", "--resume")) and again.checkpoint().function == again
 
 

@@ -21,7 +21,7 @@ from tests.conftest import convolutional, dense, flat, named, task_batch
 from toolkit import Batch, Learner, Meta, Outer, Plan, Task, UserError, algorithms, evaluate, parts, train
 from toolkit.data.bank import ClassBank
 from toolkit.distributed import Group
-from toolkit.experiment import _better, facts, run
+from toolkit.experiment import facts, run
 from toolkit.files import replace as replace_file
 from toolkit.flags import build, launch, settings
 from toolkit.metrics import squared_error
@@ -30,7 +30,7 @@ from toolkit.objectives import Implicit
 from toolkit.rules import SGD, Adam, Clip, Frozen, Groups, Proximal
 from toolkit.runs import checkpoint
 from toolkit.runs.folder import LATER, Run, config_hash, prepare, write_json
-from toolkit.runs.journal import ROWS, Journal
+from toolkit.runs.journal import ROWS, Journal, better
 from toolkit.samplers import AllClasses, Episodes, Sinusoid
 from toolkit.stopping import stop_signals
 from toolkit.task import move, take
@@ -221,15 +221,15 @@ def test_accuracy_chooses_by_its_maximum_and_any_other_metric_by_the_loss(tmp_pa
 
 
 def test_a_validation_row_is_better_by_finite_tasks_first_and_never_when_equal() -> None:
-    accuracy, error = algorithms.maml(dense()), regression()
+    accuracy, error = "accuracy", "squared error"
     high = {"val_metric": 0.9, "val_loss": 2.0, "val_finite": 1.0}
     low = {"val_metric": 0.1, "val_loss": 1.0, "val_finite": 1.0}
-    assert _better(high, low, accuracy) and not _better(low, high, accuracy)
-    assert _better(low, high, error) and not _better(high, low, error)
-    for learner in (accuracy, error):
-        assert _better(low, {}, learner) and not _better(low, low, learner)
-        assert not _better(high | low | {"val_metric": 1.0, "val_loss": 0.0, "val_finite": 0.9}, high, learner)
-        assert not _better({"val_finite": 1.0}, low, learner) and _better(low, {"val_finite": 1.0}, learner)
+    assert better(high, low, accuracy) and not better(low, high, accuracy)
+    assert better(low, high, error) and not better(high, low, error)
+    for metric in (accuracy, error):
+        assert better(low, {}, metric) and not better(low, low, metric)
+        assert not better(high | low | {"val_metric": 1.0, "val_loss": 0.0, "val_finite": 0.9}, high, metric)
+        assert not better({"val_finite": 1.0}, low, metric) and better(low, {"val_finite": 1.0}, metric)
 
 
 def test_every_seed_is_judged_on_the_same_tasks(tmp_path: Path) -> None:

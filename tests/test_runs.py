@@ -255,6 +255,8 @@ def test_ctrl_c_saves_and_says_how_to_resume(tmp_path: Path) -> None:
     while not (tmp_path / "run" / "metrics.jsonl").exists():
         time.sleep(0.05)
     time.sleep(1)
+    with pytest.raises(UserError, match="another process is at work in"):
+        prepare(tmp_path / "run", {}, resume=False, overwrite=True)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == 130 and "--resume goes on" in errors and "Traceback" not in errors
@@ -361,6 +363,41 @@ def test_what_a_run_replaces_is_kept_until_that_one_is_sure(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == [run] and Run(run).config == {"seed": 1} and not (run / "old").exists()
     settle(run)
     assert Run(run).config == {"seed": 1}, "nothing is aside"
+
+
+IN = """
+import sys, time
+from pathlib import Path
+from toolkit.files import alone_in
+with alone_in(Path(sys.argv[1])):
+    print("in", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_in_which_another_process_is_at_work_is_left_alone(tmp_path: Path) -> None:
+    run, config = tmp_path / "run", {"seed": 1}
+    prepare(run, config, resume=False, overwrite=False)
+    (run / "old").touch()
+    prepare(run, {"seed": 2}, resume=False, overwrite=True)  # which has saved nothing yet, so the first is aside
+    there = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    other = subprocess.Popen([sys.executable, "-c", IN, str(run)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "in\n"
+        for resume in (True, False):
+            with pytest.raises(UserError, match=r"another process is at work in .*run; wait until it has ended, or choose ano"):
+                prepare(run, {"seed": 2}, resume=resume, overwrite=not resume)
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == there
+    finally:
+        other.kill()
+        other.communicate()
+    prepare(run, {"seed": 1}, resume=True, overwrite=False)  # the lock went with the process, and the first is back
+    assert Run(run).config == config
+
+
+def test_to_go_on_and_to_replace_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--resume goes on with the run that is there, --overwrite replaces it; give one"):
+        prepare(tmp_path / "run", {"seed": 1}, resume=True, overwrite=True)
 
 
 def test_a_disk_that_is_full_costs_nothing_of_what_was_to_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,8 +49,8 @@ class Work:
         """What submitit puts in line when the job is stopped."""
         from submitit.helpers import DelayedSubmission
 
-        resumed = self.words if "--resume" in self.words else (*self.words, "--resume")
-        return DelayedSubmission(replace(self, words=resumed))
+        kept = tuple(word for word in self.words if word not in ("--resume", "--overwrite"))
+        return DelayedSubmission(replace(self, words=(*kept, "--resume")))
 
 
 def asked(text: str) -> dict[str, int | str]:

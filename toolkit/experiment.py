@@ -5,6 +5,7 @@ import math
 import shutil
 import signal
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,13 @@ from toolkit.energy import Energy, counters
 from toolkit.engine import switched
 from toolkit.errors import UserError
 from toolkit.evaluate import calibrate, evaluate
+from toolkit.files import alone_in
 from toolkit.flags import Flags
 from toolkit.learner import Learner, Meta
 from toolkit.plan import Plan, ordered
 from toolkit.runs import checkpoint
 from toolkit.runs.folder import NOT_HASHED, Run, config_hash, prepare, refuse, settle, source_hash, write_json
-from toolkit.runs.journal import Journal, rates
+from toolkit.runs.journal import Journal, better, rates
 from toolkit.runs.loggers import loggers
 from toolkit.runs.summary import Outcome, code_version, command, peak_mb, table
 from toolkit.sharded import whole
@@ -103,14 +105,15 @@ def run(
     if changed := switched(trainee, task):
         log.info("%s", changed)
     job = Job(flags, folder, learner, trainee, training, source, validation, plan, gradient, config_hash(config), beside, group)
-    try:
-        outcome = _train(job)
-    except BaseException:
-        if not group.rank:
-            settle(folder)
-        raise
     traces = {"git": git, "command": command(flags, experiment)} | ({"processes": group.size} if group.size > 1 else {})
-    summary = judged(folder, flags, config, learner, outcome, test, chance, traces, group)
+    with nullcontext() if group.rank else alone_in(folder):
+        try:
+            outcome = _train(job)
+        except BaseException:
+            if not group.rank:
+                settle(folder)
+            raise
+        summary = judged(folder, flags, config, learner, outcome, test, chance, traces, group)
 
     def say() -> None:
         from toolkit.plots.save import draw_run
@@ -240,7 +243,7 @@ def _train(job: Job) -> Outcome:
                     journal.write(row)
                     if learned := rates(record.meta):
                         journal.write({"iteration": record.iteration} | learned)
-                    if _better(row, selected, learner):
+                    if better(row, selected, learner.metric_name):
                         selected, best = row, pytree.tree_map(torch.clone, own)
                     judged = True
                     save()
@@ -287,14 +290,3 @@ def _validate(job: Job, meta: Meta, quiet: bool) -> dict[str, float]:
     }
     row = {key: float(values[-1]) for key, values in means.items()}
     return {key: value for key, value in row.items() if math.isfinite(value)}
-
-
-def _better(row: dict[str, float], selected: dict[str, float], learner: Learner) -> bool:
-    """By accuracy where that is the metric, by loss otherwise: of other metrics we do not know which way is better. A state
-    under which more tasks stay finite comes first, since means leave the others out."""
-    key, sign = ("val_metric", 1) if learner.metric_name == "accuracy" else ("val_loss", -1)
-
-    def rank(row: dict[str, float]) -> tuple[float, float]:
-        return row.get("val_finite", 0.0), sign * row[key] if key in row else -math.inf
-
-    return not selected or rank(row) > rank(selected)

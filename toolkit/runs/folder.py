@@ -24,7 +24,7 @@ import toolkit
 from toolkit import plugins
 from toolkit.curve import Curve
 from toolkit.errors import UserError
-from toolkit.files import replace
+from toolkit.files import alone_in, replace
 
 log = logging.getLogger("toolkit")
 
@@ -215,11 +215,14 @@ def source_hash() -> str:
 def refuse(path: Path, config: dict[str, Any], resume: bool, overwrite: bool) -> bool:
     """Whether the run that is to be resumed is finished already.
 
-    What an earlier run in this place replaced is settled first. Raises UserError when the folder exists and neither `resume`
-    nor `overwrite` was asked for, when it is no run folder, when it was made with another configuration, or is to be replaced
-    and is the working directory.
+    What an earlier run in this place replaced is settled first. Raises UserError when both `resume` and `overwrite` were asked
+    for, or neither for a folder that exists; when that is no run folder, when another process is at work in it, when it was
+    made with another configuration, or is to be replaced and is the working directory.
     """
-    settle(path)
+    if resume and overwrite:
+        raise UserError("--resume goes on with the run that is there, --overwrite replaces it; give one of them")
+    with alone_in(path):
+        settle(path)
     if not _holds_something(path):
         return False
     if not (path / "config.json").exists():

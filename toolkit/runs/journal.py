@@ -100,3 +100,15 @@ class Journal:
             return
         with open(self.path, "ab") as file:
             os.fsync(file.fileno())
+
+
+def better(row: dict[str, float], selected: dict[str, float], metric: str) -> bool:
+    """Whether a validation row beats the one selected before: by accuracy where that is the metric, by loss otherwise, since of
+    other metrics we do not know which way is better. A state under which more tasks stay finite comes first, since means leave
+    the others out."""
+    key, sign = ("val_metric", 1) if metric == "accuracy" else ("val_loss", -1)
+
+    def rank(row: dict[str, float]) -> tuple[float, float]:
+        return row.get("val_finite", 0.0), sign * row[key] if key in row else -math.inf
+
+    return not selected or rank(row) > rank(selected)
