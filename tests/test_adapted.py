@@ -126,6 +126,16 @@ def test_tasks_are_added_and_replaced_and_nothing_is_rewritten(tmp_path: Path) -
     assert len(list(folder.iterdir())) == 3
 
 
+def test_a_folder_may_be_text_and_is_no_file(tmp_path: Path) -> None:
+    fast = {"w": torch.ones(3)}
+    save(str(tmp_path / "tasks"), {"a": fast}, "base")
+    assert names(str(tmp_path / "tasks")) == ["a"] and same(load(str(tmp_path / "tasks"), "a", "base"), fast)
+    (tmp_path / "file").touch()
+    for work in (lambda f: save(f, {"a": fast}, "base"), names, lambda f: load(f, "a", "base")):
+        with pytest.raises(UserError, match="file is a file; give the folder that holds, or is to hold, adapted tasks"):
+            work(tmp_path / "file")
+
+
 def test_a_crash_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, {"a": {"w": torch.ones(3)}}, "base")
 

@@ -57,6 +57,11 @@ def test_the_result_of_a_run_that_is_done(tmp_path: Path, capsys: pytest.Capture
         (tmp_path / "summary.json").write_text(json.dumps(changed))
         follow(tmp_path)
         assert capsys.readouterr().out.splitlines()[-1] == f"tested: {name} {said}, 6,000 tasks"
+    (tmp_path / "summary.json").write_text(json.dumps(summary | {"weights_of": "some-run"}))
+    (tmp_path / "metrics.jsonl").unlink()
+    assert view(Run(tmp_path)).splitlines()[1:] == [
+        "evaluation of some-run, which trains nothing", "tested: accuracy 90.00 ± not finite % after 1 step, 6,000 tasks"
+    ]  # fmt: skip
 
 
 def test_without_a_terminal_it_is_shown_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit import files
-from toolkit.engine import exact_attention
+from toolkit.engine import exact_layers
 from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta
 from toolkit.models.adapters import fold
@@ -54,7 +54,7 @@ class Shard(NamedTuple):
 def adapt(learner: Learner, meta: Meta, support: Batch, steps: int | None = None) -> Params:
     """The adapted weights of one task after `steps` inner steps (the learner's own number by default), in evaluation mode, as
     `evaluate` walks them. Only what adapts is in them."""
-    with exact_attention():
+    with exact_layers(learner):
         *_, fast = replace(learner, training=False).path(meta, support, steps)
     return learner.adapted(fast)
 
@@ -81,7 +81,7 @@ def _is_name(name: object) -> bool:
     return isinstance(name, str) and name.encode(errors="ignore").decode() == name != "" and "\n" not in name
 
 
-def save(folder: Path, tasks: Mapping[str, Params], base: str, dtype: torch.dtype | None = None) -> Path:
+def save(folder: Path | str, tasks: Mapping[str, Params], base: str, dtype: torch.dtype | None = None) -> Path:
     """Adds a shard with the adapted weights of these tasks, by name, to the folder, which is made if need be; `base` is the
     `fingerprint` of what they were adapted from. `dtype`, such as `torch.bfloat16`, stores them in fewer bytes; `load` gives
     them back as they were, but for the rounding. Raises UserError for tasks that differ in the names or shapes of their
@@ -100,6 +100,7 @@ def save(folder: Path, tasks: Mapping[str, Params], base: str, dtype: torch.dtyp
         raise UserError(
             f"task {odd!r} has weights of other names or shapes than {next(iter(tasks))!r}; save them in calls of their own"
         )
+    folder = Path(folder)
     shards = list(_shards(folder))
     for shard in shards:
         _check_base(shard, base)
@@ -120,17 +121,17 @@ def save(folder: Path, tasks: Mapping[str, Params], base: str, dtype: torch.dtyp
     return path
 
 
-def names(folder: Path) -> list[str]:
+def names(folder: Path | str) -> list[str]:
     """The names of the tasks in a folder, oldest first. Only headers are read."""
-    return list(dict.fromkeys(name for shard in reversed(list(_shards(folder))) for name in shard.tasks))
+    return list(dict.fromkeys(name for shard in reversed(list(_shards(Path(folder)))) for name in shard.tasks))
 
 
-def load(folder: Path, name: str, base: str) -> Params:
+def load(folder: Path | str, name: str, base: str) -> Params:
     """The adapted weights of the task called `name`, on the CPU; `base` is the `fingerprint` of what they are for. Raises
     UserError for a name that is not there, weights of another base, and ones that do not match their checksum."""
     from safetensors import SafetensorError, safe_open
 
-    shard = next((shard for shard in _shards(folder) if name in shard.tasks), None)
+    shard = next((shard for shard in _shards(Path(folder)) if name in shard.tasks), None)
     if shard is None:
         known = names(folder)
         close = get_close_matches(name, known, n=1)
@@ -156,6 +157,8 @@ def _shards(folder: Path) -> Iterator[Shard]:
     """The shards of a folder, newest first; damaged ones are skipped with a warning."""
     from safetensors import SafetensorError, safe_open
 
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; give the folder that holds, or is to hold, adapted tasks")
     for path in sorted(folder.glob("shard-*.safetensors"), reverse=True):
         try:
             with safe_open(path, "pt") as file:
@@ -233,5 +236,5 @@ def _statistics(learner: Learner, meta: Meta, fast: Params, support: Input | Non
             f"batch norm {nowhere[0]!r} keeps no statistics, so it has no place for those of the support set; give it "
             "track_running_stats=True"
         )
-    with exact_attention():
+    with exact_layers(learner):
         return under(point, replace(learner, training=False).observed(meta, fast, support, learner.steps))

@@ -38,13 +38,18 @@ def view(run: Run) -> str:
     training = [row for row in rows if "loss" in row]
     validation = [row for row in rows if "val_loss" in row]
     done = int(rows[-1]["iteration"]) if rows else 0
-    lines = [f"{run.path}: {run.config.get('algorithm')} on {run.config.get('sampler')}", _progress(done, total, training)]
+    lines = [f"{run.path}: {run.config.get('algorithm')} on {run.config.get('sampler')}"]
+    tested = (run.path / "summary.json").exists()
+    if tested and "weights_of" in run.result:
+        lines.append(f"evaluation of {run.result['weights_of']}, which trains nothing")
+    else:
+        lines.append(_progress(done, total, training))
     for key, name in (("loss", "loss"), ("metric", "metric")):
         if values := [row[key] for row in training if row.get(key) is not None]:
             lines.append(f"{name:22} {values[-1]:>10.4g}  {sparkline(values)}")
     if values := [row["val_metric"] for row in validation if row.get("val_metric") is not None]:
         lines.append(f"{'metric on validation':22} {values[-1]:>10.4g}  {sparkline(values)}")
-    if (run.path / "summary.json").exists():
+    if tested:
         lines.append(_tested(run.result))
     return "\n".join(lines)
 
