@@ -2,6 +2,7 @@
 
 import logging
 import os
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from tests.conftest import convolutional, dense, relative, task_batch
@@ -260,14 +260,53 @@ def test_a_recording_keeps_what_writes_in_place() -> None:
     assert torch.equal(replay(x), torch.tensor([0.0, 2.0, 4.0])) and torch.equal(replay(x), torch.tensor([0.0, 2.0, 4.0]))
 
 
-def test_torch_notes_all_results_in_one_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Left alone it makes a mode with a stack trace for each result, which doubles the time that recording takes."""
-    made, plain = list[object](), FakeTensorMode.__init__
+def test_a_tensor_that_is_given_twice_is_two_arguments() -> None:
+    one, two = torch.ones(3), torch.full((3,), 2.0)
+    recording = record(lambda a, b: [a - 3 * b], one, one)
+    assert torch.equal(recording(one, two)[0], torch.full((3,), -5.0))
 
-    def counted(self: FakeTensorMode, *args: Any, **named: Any) -> None:
-        made.append(self)
-        plain(self, *args, **named)
 
-    monkeypatch.setattr(FakeTensorMode, "__init__", counted)
-    record(lambda x: [(x * 2 + 1).sin()], torch.ones(3))
-    assert len(made) == 1
+def test_numbers_from_outside_are_read_at_each_replay_and_may_not_be_changed() -> None:
+    outside = torch.ones(3)
+    recording = record(lambda a: [a * outside + outside], torch.ones(3))
+    outside += 1
+    assert torch.equal(recording(torch.ones(3))[0], torch.full((3,), 4.0))
+    with pytest.raises(RuntimeError, match=r"aten.add_.Tensor changes a tensor that is not its own"):
+        record(lambda a: [a * outside.add_(1)], torch.ones(3))
+
+
+def test_a_number_that_becomes_a_tensor_is_new_in_each_replay() -> None:
+    recording = record(lambda a: [torch.tensor([1.0, 2.0]).mul_(a)], torch.tensor(3.0))
+    for _ in range(2):
+        assert torch.equal(recording(torch.tensor(5.0))[0], torch.tensor([5.0, 10.0]))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda a: [a[a > 0]], lambda a: [a.nonzero()], lambda a: [a * float(a.sum())], lambda a: [a if (a > 0).all() else -a]],
+    ids=["mask", "nonzero", "number", "branch"],
+)
+def test_a_result_that_hangs_on_values_is_no_recording(function: Callable[[Tensor], list[Tensor]]) -> None:
+    with pytest.raises(RuntimeError, match="looks at the values of tensors"):
+        record(function, torch.tensor([1.0, -1.0]))
+
+
+def test_results_of_several_parts_and_arguments_that_come_back() -> None:
+    recording = record(lambda a, b: [*a.sort(), a.split(1)[1], b, torch.arange(2)], torch.tensor([2.0, 1.0]), torch.ones(2))
+    found = recording(torch.tensor([1.0, 3.0]), torch.zeros(2))
+    expected = [torch.tensor([1.0, 3.0]), torch.tensor([0, 1]), torch.tensor([3.0]), torch.zeros(2), torch.arange(2)]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_recording_keeps_no_result_alive() -> None:
+    alive: list[weakref.ref[Any]] = []
+
+    def function(a: Tensor) -> list[Tensor]:
+        for _ in range(5):
+            a = a.sin()
+            alive.append(weakref.ref(a.untyped_storage()))
+            assert sum(ref() is not None for ref in alive) <= 2
+        return [a]
+
+    record(function, torch.ones(3))
+    assert len(alive) == 5
