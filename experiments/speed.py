@@ -332,7 +332,7 @@ def memory(config: Config) -> list[Row]:
     return rows
 
 
-RECORDED = 20  # inner steps up to which recorded plans are in the table of memory: recording takes a second a step
+RECORDED = 20  # inner steps up to which recorded plans are in the table of memory: recording takes half a second a step
 
 
 def _peak_and_time(work: Callable[[], object], config: Config) -> tuple[list[float], list[float]]:

@@ -277,7 +277,7 @@ def _gradients(model: nn.Module, tasks: Task, learning: list[str], seen: Watch, 
     for where, said in _blame(model, x, unbatched, failed).items() if failed else ():
         if where not in seen.looks:
             yield "warning", [where], f"vmap cannot batch it: {said}", "use another operation, or the map 'loop' or 'threads'"
-    if steady and not failed and (said := difference(gradient("vmap"), slopes, None)):
+    if steady and not failed and (said := difference(gradient("vmap"), slopes, lambda: None)):
         yield "error", [""], f"its meta-gradient by vmap is not that by a loop: {said}", "use the map 'loop'"
 
 

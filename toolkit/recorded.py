@@ -38,9 +38,9 @@ class Recorder:
 
     On a CUDA device the recordings of one recorder share the memory that their graphs keep between calls.
 
-    `prepare` also compares what is `judged` of the first result with that of the function itself, both against `exact`, the
-    same in float64 (None where there is none). What cannot be recorded or compiled, or comes out wrong, runs as it is, with a
-    warning.
+    `prepare` also compares what is `judged` of the first result with that of the function itself and, where they differ, both
+    with `exact`, the same in float64 (None where there is none). What cannot be recorded or compiled, or comes out wrong, runs
+    as it is, with a warning.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Recorder:
         self.made[key] = None
         step = "recording"
         try:
-            recording = record(lambda *trees: self.function(learner, *trees), *trees)
+            recording, plain = written(lambda *trees: self.function(learner, *trees), *trees)
             found = recording(*trees)
             if self.compiled:
                 step = "torch.compile"
@@ -72,9 +72,12 @@ class Recorder:
             avoid = "--no-compile" if self.compiled else "--no-trace"
             log.warning("%s failed (%s); going on without it, %s avoids the attempt", step, reason, avoid)
             return
-        exact = self.exact(learner, *trees)
-        sides = self.judged(found), self.judged(self.function(learner, *trees)), None if exact is None else self.judged(exact)
-        if wrong := difference(*sides):
+
+        def exact() -> Any:
+            result = self.exact(learner, *trees)
+            return None if result is None else self.judged(result)
+
+        if wrong := difference(self.judged(found), self.judged(plain), exact):
             log.warning("%s is refused: %s; going on without it", step, wrong)
             return
         self.made[key] = recording
@@ -105,12 +108,18 @@ class Recording:
 def record(function: Callable[..., Any], *trees: Any) -> Recording:
     """The operations that `function` runs on `trees`. Raises RuntimeError for one that looks at the values of its tensors, or
     changes tensors that it was not given."""
+    return written(function, *trees)[0]
+
+
+def written(function: Callable[..., Any], *trees: Any) -> tuple[Recording, Any]:
+    """The same, and what the function returned."""
     leaves, given = pytree.tree_flatten(trees)
     own = [leaf.detach() for leaf in leaves]  # of a tensor that is given twice, two that can be told apart
     with warnings.catch_warnings(), Tape(own) as tape:
         warnings.simplefilter("ignore")  # of torch about its own batching rules
-        results, spec = pytree.tree_flatten(function(*pytree.tree_unflatten(own, given)))
-    return Recording(tape.ended(results), spec, leaves)
+        returned = function(*pytree.tree_unflatten(own, given))
+    results, spec = pytree.tree_flatten(returned)
+    return Recording(tape.ended(results), spec, leaves), returned
 
 
 class Tape(TorchDispatchMode):
@@ -254,13 +263,23 @@ def layout(tree: Any) -> tuple[Any, list[Tensor]]:
     return (structure, tuple((leaf.shape, leaf.stride(), leaf.dtype, leaf.device) for leaf in leaves)), leaves
 
 
-def difference(found: Any, plain: Any, exact: Any) -> str:
+def difference(found: Any, plain: Any, exact: Callable[[], Any]) -> str:
     """What is wrong with a recorded result, in words; nothing unless it is much further from float64 than the plain one is: ten
     times, plus 1e-4 of its length (1e-10 in float64). A fixed bound would refuse ill-conditioned batches, where both are
-    equally rounded; only where there is no float64 result, 1e-2 of the plain one must do."""
-    sides = [[leaf.double() for leaf in pytree.tree_leaves(tree)] for tree in (found, plain, plain if exact is None else exact)]
-    slack = 1e-10 if pytree.tree_leaves(plain)[0].dtype == torch.float64 else 1e-4 if exact is not None else 1e-2
-    a, b, c = (torch.cat([leaf.flatten() for leaf in side]) for side in sides)
+    equally rounded; only where there is no float64 result, 1e-2 of the plain one must do. `exact()`, the result in float64, is
+    asked for unless the two are so close that it could say nothing else."""
+
+    def row(tree: Any) -> Tensor:
+        return torch.cat([leaf.double().flatten() for leaf in pytree.tree_leaves(tree)])
+
+    double = pytree.tree_leaves(plain)[0].dtype == torch.float64
+    a, b, slack = row(found), row(plain), 1e-10 if double else 1e-4
+    if float((a - b).norm()) <= slack * float(b.norm()):
+        return ""
+    if (truth := exact()) is None:
+        c, slack = b, slack if double else 1e-2
+    else:
+        c = row(truth)
     off, allowed = float((a - c).norm()), float(10 * (b - c).norm() + slack * c.norm())
     if off <= allowed or not bool(c.isfinite().all()):
         return ""
