@@ -17,7 +17,8 @@ recorded in its `summary.json`.
 
 Why not torch's own kernels: under `vmap`, torch 2.15 differentiates batch, layer and instance norm with affine weights twice
 as if their statistics were constants, so second-order meta-gradients are silently wrong, by a per cent or more
-(tests/test_gradients.py shows it). The same formulas in elementary operations are right.
+(tests/test_gradients.py shows it). The same formulas in elementary operations are right. Group norm is here for torch 2.11,
+which has none under `vmap`.
 """
 
 import logging
@@ -42,7 +43,7 @@ TRANSDUCTIVE = ("batch", "per_step_batch")
 
 
 class Norms(TorchFunctionMode):
-    """While active, replaces torch's batch, layer and instance norm. Batch norm follows `policy`; with `support_count` only
+    """While active, replaces torch's batch, layer, group and instance norm. Batch norm follows `policy`; with `support_count` only
     the first so many of all `examples` give its statistics, and with `real` (examples,) only those where it holds.
     `seen` lists afterwards whether there was a batch norm, and `attention` says whether there was torch's attention."""
 
@@ -125,6 +126,16 @@ def _instance_norm(
     return _affine(input, mean, variance, eps, weight, bias, shape)
 
 
+def _group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    shape, groups = [1, -1] + [1] * (input.dim() - 2), input.unflatten(1, (num_groups, -1))
+    variance, mean = _statistics(groups, list(range(2, groups.dim())))
+    y = _affine(groups, mean, variance, eps, None, None, shape).flatten(1, 2)
+    y = y if weight is None else y * weight.view(shape)
+    return y if bias is None else y + bias.view(shape)
+
+
 def _in_order(
     input: Tensor,
     weight: Any,
@@ -178,6 +189,10 @@ _REPLACED: dict[Any, Callable[..., Any]] = {
     F.instance_norm: _instance_norm,
     torch.layer_norm: lambda input, shape, weight=None, bias=None, eps=1e-5, *rest: _layer_norm(
         input, shape, weight, bias, eps
+    ),
+    F.group_norm: _group_norm,
+    torch.group_norm: lambda input, groups, weight=None, bias=None, eps=1e-5, *rest: _group_norm(
+        input, groups, weight, bias, eps
     ),
     torch.instance_norm: lambda *args, **kwargs: _instance_norm(*_in_order(*args, **kwargs)),
     F.embedding: _embedding,
