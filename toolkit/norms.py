@@ -43,8 +43,8 @@ TRANSDUCTIVE = ("batch", "per_step_batch")
 
 
 class Norms(TorchFunctionMode):
-    """While active, replaces torch's batch, layer, group and instance norm. Batch norm follows `policy`; with `support_count` only
-    the first so many of all `examples` give its statistics, and with `real` (examples,) only those where it holds.
+    """While active, replaces torch's batch, layer, group and instance norm. Batch norm follows `policy`; with `support_count`
+    only the first so many of all `examples` give its statistics, and with `real` (examples,) only those where it holds.
     `seen` lists afterwards whether there was a batch norm, and `attention` says whether there was torch's attention."""
 
     def __init__(
