@@ -28,9 +28,9 @@ def free_port() -> str:
         return str(found.getsockname()[1])
 
 
-def start(command: list[str], size: int, only: int | None = None) -> list["subprocess.Popen[str]"]:
+def start(command: list[str], size: int, only: int | None = None, port: str | None = None) -> list["subprocess.Popen[str]"]:
     """The command in `size` processes, or `only` in one of them, with the variables that torchrun sets."""
-    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1"}
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port or free_port(), "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(
             [sys.executable, *command],
@@ -97,6 +97,17 @@ def test_several_processes_find_what_one_finds(size: int, alone: dict[str, Any],
         assert few == f"{size} processes cannot share {size - 1} tasks; start at most {size - 1}, or give more --tasks"
     for said in zip(*(each["talk"]["repeated"] for each in ranks), strict=True):
         assert sorted(said) == [False, *[True] * (size - 1)]  # one of them says it
+
+
+def test_a_port_that_is_taken_is_a_sentence() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        ((code, _, errors),) = finished(start(["experiments/sinusoid.py"], 2, only=0, port=port))
+    assert (
+        code == 2 and errors.startswith(f"error: the processes could not meet at 127.0.0.1:{port} (") and "Trace" not in errors
+    )
 
 
 def test_parts_on_a_shared_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

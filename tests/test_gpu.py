@@ -147,8 +147,10 @@ def test_small_networks_run_as_one_graph(caplog: pytest.LogCaptureFixture) -> No
     layers = torch.nn.Sequential(convolutional()[:-1], Waiting(), convolutional()[-1])
     waits = on_gpu(algorithms.maml(layers, inner_steps=2))
     exact, _ = meta_gradient(waits, waits.init(), tasks, Plan("loop"))
+    stream = torch.cuda.current_stream()
     with caplog.at_level("INFO"):
         grads, _ = gradient_function.__wrapped__(waits, Plan("vmap", trace=True))(waits.init(), tasks)
+    assert torch.cuda.current_stream() == stream
     assert relative(grads, exact) < 1e-10
     assert any("one by one" in record.message or "failed" in record.message for record in caplog.records)
 

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from experiments import omniglot, sinusoid
 from tests.conftest import convolutional, dense, flat, named, task_batch
-from toolkit import Batch, Learner, Meta, Outer, Plan, Task, UserError, algorithms, evaluate, parts, train
+from toolkit import Batch, Learner, Meta, Outer, Plan, Task, UserError, algorithms, evaluate, experiment, parts, train
 from toolkit.data.bank import ClassBank
 from toolkit.distributed import Group
 from toolkit.experiment import facts, run
@@ -307,6 +307,17 @@ def test_a_logger_that_cannot_be_made_leaves_no_folder(tmp_path: Path, monkeypat
     with pytest.raises(UserError, match="--logger tensorboard needs a package"):
         run(flags, "sinusoid", regression(), TRAINING, VALIDATION, TEST)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_another_process_took_meanwhile_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(folder: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> Run:
+        prepare(folder, settings, resume, overwrite)
+        return prepare(folder, settings | {"seed": 9}, resume=False, overwrite=True)
+
+    monkeypatch.setattr(experiment, "prepare", late)
+    with pytest.raises(UserError, match="was made with --seed 9, not 0; resume with the same flags, or choose another --out"):
+        run(config(tmp_path / "run", iterations=1), "sinusoid", regression(), TRAINING, VALIDATION, TEST)
+    assert Run(tmp_path / "run").config["seed"] == 9 and not (tmp_path / "run" / "plan.json").exists()
 
 
 class Dropping(nn.Module):

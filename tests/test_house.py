@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # Who may import whom, lowest first: a module may import those of earlier lines only (and its own room).
 LAYERS = [
-    ["errors", "products", "stopping"],
+    ["errors", "products", "stopping", "tape"],
     ["files"],
     ["plugins", "intervals", "arguments", "cluster"],
     ["task", "tree", "energy"],

@@ -2,12 +2,14 @@
 
 import logging
 import os
+import warnings
 import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from toolkit import Learner, Meta, Plan, Task, algorithms, meta_gradient, record
 from toolkit.engine import _unrolled, gradient_function, in_double, lift_vmap
 from toolkit.learner import Score
 from toolkit.recorded import Recorder, Recording, record
+from toolkit.tape import reads_host
 
 
 class Casting(nn.Module):
@@ -271,8 +274,29 @@ def test_numbers_from_outside_are_read_at_each_replay_and_may_not_be_changed() -
     recording = record(lambda a: [a * outside + outside], torch.ones(3))
     outside += 1
     assert torch.equal(recording(torch.ones(3))[0], torch.full((3,), 4.0))
-    with pytest.raises(RuntimeError, match=r"aten.add_.Tensor changes a tensor that is not its own"):
-        record(lambda a: [a * outside.add_(1)], torch.ones(3))
+
+
+CHANGES: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "itself": lambda w, a: w.add_(a),
+    "a view": lambda w, a: w[1:].add_(1),
+    "a part": lambda w, a: w.__setitem__(0, 3.0),
+    "detached": lambda w, a: w.detach().mul_(a),
+    "out": lambda w, a: torch.add(a, a, out=w),
+    "a list": lambda w, a: torch._foreach_add_([w], [a]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_outside_is_not_changed(change: str) -> None:
+    outside = torch.ones(3)
+
+    def function(a: Tensor) -> list[Tensor]:
+        CHANGES[change](outside, a)
+        return [a * outside]
+
+    with pytest.raises(RuntimeError, match=r"changes a tensor that is not its own"):
+        record(function, torch.full((3,), 2.0))
+    assert torch.equal(outside, torch.ones(3))
 
 
 def test_a_number_that_becomes_a_tensor_is_new_in_each_replay() -> None:
@@ -283,12 +307,65 @@ def test_a_number_that_becomes_a_tensor_is_new_in_each_replay() -> None:
 
 @pytest.mark.parametrize(
     "function",
-    [lambda a: [a[a > 0]], lambda a: [a.nonzero()], lambda a: [a * float(a.sum())], lambda a: [a if (a > 0).all() else -a]],
-    ids=["mask", "nonzero", "number", "branch"],
+    [
+        lambda a: [a[a > 0]],
+        lambda a: [a.nonzero()],
+        lambda a: [a * float(a.sum())],
+        lambda a: [a if (a > 0).all() else -a],
+        lambda a: [torch.from_numpy(a.numpy() + 1)],
+        lambda a: [a * a.tolist()[0]],
+        lambda a: [torch.tensor([a[0], a[1]])],
+        lambda a: [torch.as_tensor([a[0], a[1]])],
+        lambda a: [a.new_tensor([a[0], 1.0])],
+        lambda a: [a * np.asarray(a).sum()],
+        lambda a: [a.tensor_split(a.long().abs())[0]],
+        lambda a: [a.repeat_interleave(a.long().abs())],
+    ],
+    ids=[
+        "mask",
+        "nonzero",
+        "number",
+        "branch",
+        "numpy",
+        "list",
+        "tensor",
+        "as_tensor",
+        "new_tensor",
+        "asarray",
+        "split",
+        "repeat",
+    ],
 )
 def test_a_result_that_hangs_on_values_is_no_recording(function: Callable[[Tensor], list[Tensor]]) -> None:
     with pytest.raises(RuntimeError, match="looks at the values of tensors"):
         record(function, torch.tensor([1.0, -1.0]))
+
+
+def test_attention_that_looks_at_its_mask_is_no_recording() -> None:
+    """Torch's fast path asks whether a mask leaves the left out, by an operation that is not marked as one that looks."""
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=True).eval()
+    mask = torch.tensor([[False, False, True], [False, True, True]])
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        encoder(torch.ones(2, 3, 4), src_key_padding_mask=mask)
+        with pytest.raises(RuntimeError, match="looks at the values of tensors"):
+            record(lambda x, m: [encoder(x, src_key_padding_mask=m)], torch.ones(2, 3, 4), mask)
+
+
+def test_sizes_that_are_known_are_no_look_at_values() -> None:
+    times = torch.tensor([2, 1])
+    recording = record(lambda a: [a.repeat_interleave(times, output_size=3), torch.tensor([1.0, 2.0]) * a], torch.ones(2))
+    assert torch.equal(recording(torch.tensor([4.0, 5.0]))[0], torch.tensor([4.0, 4.0, 5.0]))
+    matrix = torch.tensor([[2.0, 0.0], [0.0, 4.0]])
+    solved = record(lambda a, b: [torch.linalg.lstsq(a, b).solution], torch.eye(2), torch.ones(2, 1))
+    assert torch.allclose(solved(matrix, torch.ones(2, 1))[0], torch.tensor([[0.5], [0.25]]))
+
+
+def test_what_a_graph_of_kernels_would_read_only_once() -> None:
+    outside = torch.ones(())
+    assert reads_host(record(lambda a: [a * outside], torch.ones(2)).graph)  # type: ignore[arg-type]
+    assert not reads_host(record(lambda a: [a * 2 + torch.tensor(3.0)], torch.ones(2)).graph)  # type: ignore[arg-type]
 
 
 def test_results_of_several_parts_and_arguments_that_come_back() -> None:

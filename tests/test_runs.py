@@ -395,6 +395,27 @@ def test_a_folder_in_which_another_process_is_at_work_is_left_alone(tmp_path: Pa
     assert Run(run).config == config
 
 
+FORKED = """
+import os, sys, time
+from pathlib import Path
+from toolkit.files import alone_in
+folder = Path(sys.argv[1])
+with alone_in(folder):
+    if not (child := os.fork()):
+        time.sleep(60)
+with alone_in(folder):
+    print("in again")
+os.kill(child, 9)
+"""
+
+
+def test_a_forked_process_does_not_keep_a_folder(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKED, str(tmp_path)], capture_output=True, text=True, timeout=50
+    )
+    assert done.stdout == "in again\n", done.stderr
+
+
 def test_to_go_on_and_to_replace_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--resume goes on with the run that is there, --overwrite replaces it; give one"):
         prepare(tmp_path / "run", {"seed": 1}, resume=True, overwrite=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 from toolkit import experiment, parts, plugins
 from toolkit.arguments import fits
 from toolkit.errors import UserError
+from toolkit.files import alone_in
 from toolkit.flags import PROTOCOLS, EpisodeFlags, Flags, checked
 from toolkit.landscape import landscape
 from toolkit.learner import Learner, Meta
@@ -112,12 +113,12 @@ def evaluated(run: Run, words: Sequence[str]) -> tuple[Path, dict[str, Any]]:
     where = words.index("--data-root") if "--data-root" in words else len(words)
     typed = [*words[:where], *words[where + 2 :]]  # a data root belongs to a machine
     place = run.path.name if run.path.is_absolute() else str(run.path)
-    traces = {"git": code_version(), "command": shlex.join(["toolkit", "evaluate", place, *typed])}
-    traces |= {"weights_of": run.path.name}
-    try:
-        summary = judged(folder, flags, config, learner, outcome, tasks.test, tasks.chance, traces)
-    finally:
-        settle(folder)
+    traces = {"git": code_version(), "command": shlex.join(["toolkit", "evaluate", place, *typed]), "weights_of": run.path.name}
+    with alone_in(folder):
+        try:
+            summary = judged(folder, flags, config, learner, outcome, tasks.test, tasks.chance, traces)
+        finally:
+            settle(folder)
     from toolkit.plots.figures import adaptation
     from toolkit.plots.save import save
 

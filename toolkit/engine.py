@@ -172,7 +172,8 @@ def unrounded() -> Iterator[None]:
     """Convolutions of float32 in float32: by torch's default cuDNN rounds their factors to 10 bits (TF32). What else was asked
     of torch stays."""
     cudnn: Any = torch.backends.cudnn
-    if {cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision} != {"tf32"}:
+    asked = {cudnn.fp32_precision, getattr(torch.backends, "fp32_precision", "none")} != {"none"}
+    if asked or {cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision} != {"tf32"}:
         yield
         return
     cudnn.allow_tf32 = False

@@ -138,7 +138,7 @@ def judge(
                 own, one = _judged(learner), take(tasks, slice(0, 1))
                 work = partial(walk, _label_orders(own, meta, take(tasks, 0), permutations))
                 own = shortened(own, meta, one, steps, lambda each, meta, one: [work(each, meta, one)["loss"]])
-                recorder = Recorder(work, False, partial(in_double, work), lambda out: out["loss"])
+                recorder = Recorder(work, False, partial(in_double, work), lambda out: [out["loss"], out["metric"]])
                 ready.append((own, runner(own, plan), recorder))
                 if plan.records:
                     recorder.prepare(own, meta, next(plan.pieces(tasks)))

@@ -27,7 +27,7 @@ from toolkit.flags import Flags
 from toolkit.learner import Learner, Meta
 from toolkit.plan import Plan, ordered
 from toolkit.runs import checkpoint
-from toolkit.runs.folder import NOT_HASHED, Run, config_hash, prepare, refuse, settle, source_hash, write_json
+from toolkit.runs.folder import NOT_HASHED, Run, check_same, config_hash, prepare, refuse, settle, source_hash, write_json
 from toolkit.runs.journal import Journal, better, rates
 from toolkit.runs.loggers import loggers
 from toolkit.runs.summary import Outcome, code_version, command, peak_mb, table
@@ -96,17 +96,18 @@ def run(
     # What these refuse is refused before anything is written.
     gradient(trainee, plan)
     shared(trainee, plan, flags.tasks, group, sample)
-    finished = group.first(lambda: prepare(folder, config, flags.resume, flags.overwrite))
-    if not group.rank:
-        write_json(folder / "plan.json", asdict(plan))
+    job = Job(flags, folder, learner, trainee, training, source, validation, plan, gradient, config_hash(config), beside, group)
+    traces = {"git": git, "command": command(flags, experiment)} | ({"processes": group.size} if group.size > 1 else {})
     by = "" if flags.backend == "toolkit" else f", meta-gradient by {flags.backend}, task by task"
     many = f", {group.size} processes" if group.size > 1 else ""
     log.info("%s on %s, %s%s%s", learner.name, flags.sampler, _describe(learner, plan), by, many)
     if changed := switched(trainee, task):
         log.info("%s", changed)
-    job = Job(flags, folder, learner, trainee, training, source, validation, plan, gradient, config_hash(config), beside, group)
-    traces = {"git": git, "command": command(flags, experiment)} | ({"processes": group.size} if group.size > 1 else {})
+    finished = group.first(lambda: prepare(folder, config, flags.resume, flags.overwrite))
     with nullcontext() if group.rank else alone_in(folder):
+        if not group.rank:
+            check_same(Run(folder).config, config, folder)  # a process that began at the same time may have come between
+            write_json(folder / "plan.json", asdict(plan))
         try:
             outcome = _train(job)
         except BaseException:

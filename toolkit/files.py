@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from toolkit.errors import UserError
@@ -43,4 +43,6 @@ def alone_in(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        with suppress(OSError):
+            fcntl.flock(place, fcntl.LOCK_UN)  # also for processes that were forked meanwhile, which have it too
         os.close(place)

@@ -49,15 +49,19 @@ def join(beat: float = BEAT, patience: float = PATIENCE) -> None:
     of life for `patience` seconds, or whose machine is gone, ends the others with a sentence."""
     if not started() or dist.is_initialized():
         return
+    gpu = own_gpu()
     try:
         store, rank, size = next(rendezvous("env://", timeout=ROLL_CALL))
         notes = PrefixStore("toolkit", store)
-        notes.set(f"here/{rank}", own_gpu())
+        notes.set(f"here/{rank}", gpu)
         notes.wait([f"here/{other}" for other in range(size)], ROLL_CALL)
         gpus = [notes.get(f"here/{other}").decode() for other in range(size)]
-    except RuntimeError:
+    except dist.DistStoreError:  # which is how a store says that nothing came
         total, seconds = os.environ["WORLD_SIZE"], f"{ROLL_CALL.total_seconds():.0f}"
         raise Lost(f"of {total} processes not all started within {seconds} s; look at what the others say") from None
+    except RuntimeError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise Lost(f"the processes could not meet at {place} ({str(error).strip().splitlines()[0]})") from None
     # NCCL wants a GPU for each; gloo adds what lies on one by way of the host.
     kinds = "cpu:gloo,cuda:nccl" if all(gpus) and len(set(gpus)) == size else "gloo"
     if not rank and kinds == "gloo" and any(gpus):

@@ -4,13 +4,9 @@ CUDA device the replay is one graph of kernels, launched at once: those of small
 What is recorded is what torch runs, derivatives included, so a replay gives the same numbers. A recording holds for one set of
 shapes, strides and names, and for a function that does the same for all values of its tensors: one that looks at them cannot
 be recorded, and one that draws random numbers should not be.
-
-Why not torch's own `make_fx`: it makes a second, fake tensor of every result, which here nobody reads, and takes five times as
-long: ten seconds for a test task of ten steps.
 """
 
 import logging
-import operator
 import os
 import re
 import threading
@@ -21,22 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from toolkit.data.cache import cache_folder
+from toolkit.tape import Tape, Watch, reads_host
 
 log = logging.getLogger("toolkit")
-aten = torch.ops.aten
 PATIENCE, GLANCE = 120.0, 10.0  # seconds that the compiler gets, and between two words on it
 
 
 class Recorder:
     """`function(learner, *trees)` by its recording for each `layout` of trees that `prepare` was called with; else as it is.
 
-    On a CUDA device the recordings of one recorder share the memory that their graphs keep between calls.
+    On a CUDA device the recordings of one recorder share the memory that their graphs keep between calls, and take turns.
 
     `prepare` also compares what is `judged` of the first result with that of the function itself and, where they differ, both
     with `exact`, the same in float64 (None where there is none). What cannot be recorded or compiled, or comes out wrong, runs
@@ -49,6 +43,7 @@ class Recorder:
         self.function, self.compiled, self.exact, self.judged = function, compiled, exact, judged
         self.made: dict[Any, Recording | None] = {}
         self.pool: Any = None
+        self.turn = threading.Lock()
 
     def prepare(self, learner: Any, *trees: Any) -> None:
         """Records for this layout, unless it is done. Not for threads: recording is the work of one."""
@@ -59,14 +54,16 @@ class Recorder:
         try:
             recording, plain = written(lambda *trees: self.function(learner, *trees), *trees)
             found = recording(*trees)
+            on_gpu = all(leaf.is_cuda for leaf in recording.example) and not reads_host(recording.graph)  # type: ignore[arg-type]
             if self.compiled:
                 step = "torch.compile"
                 recording = compiled(recording)
                 found = recording(*trees)
-            if all(leaf.is_cuda for leaf in recording.example):
+            if on_gpu:
                 self.pool = self.pool or torch.cuda.graph_pool_handle()
-                recording = captured(recording, self.pool)
+                recording = captured(recording, self.pool, self.turn)
                 found = recording(*trees)
+            recording.example = []  # which would be kept for nothing
         except Exception as error:  # whatever they stumble on, the run can go on without it
             reason = (str(error).strip().splitlines() or [repr(error)])[0]
             avoid = "--no-compile" if self.compiled else "--no-trace"
@@ -115,64 +112,11 @@ def written(function: Callable[..., Any], *trees: Any) -> tuple[Recording, Any]:
     """The same, and what the function returned."""
     leaves, given = pytree.tree_flatten(trees)
     own = [leaf.detach() for leaf in leaves]  # of a tensor that is given twice, two that can be told apart
-    with warnings.catch_warnings(), Tape(own) as tape:
+    with warnings.catch_warnings(), Watch(), Tape(own) as tape:
         warnings.simplefilter("ignore")  # of torch about its own batching rules
         returned = function(*pytree.tree_unflatten(own, given))
     results, spec = pytree.tree_flatten(returned)
     return Recording(tape.ended(results), spec, leaves), returned
-
-
-class Tape(TorchDispatchMode):
-    """Writes down every operation that torch runs while it is on, as a graph over these leaves."""
-
-    def __init__(self, leaves: list[Tensor]) -> None:
-        super().__init__()
-        self.graph, self.outside = fx.Graph(), nn.Module()
-        self.nodes = WeakTensorKeyDictionary()
-        for i, leaf in enumerate(leaves):
-            self.nodes[leaf] = self.graph.placeholder(f"given{i}")
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # else torch imports its compiler, in seconds, only to leave this class alone
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        if _looks(func, args):
-            raise RuntimeError(f"{func} looks at the values of tensors")
-        given, named = pytree.tree_map_only(Tensor, self.node, (args, kwargs))
-        for argument, node in zip(func._schema.arguments, given, strict=False):
-            if argument.alias_info and argument.alias_info.is_write and getattr(node, "op", "") == "get_attr":
-                raise RuntimeError(f"{func} changes a tensor that is not its own")
-        if func is aten.lift_fresh.default:  # numbers become a tensor, which what follows may change in its place
-            func = aten.lift_fresh_copy.default
-        out = func(*args, **kwargs)
-        call = self.graph.call_function(func, given, named)
-        for place, tensor in enumerate(out) if isinstance(out, list | tuple) else [(None, out)]:
-            if isinstance(tensor, Tensor):
-                self.nodes[tensor] = call if place is None else self.graph.call_function(operator.getitem, (call, place))
-        return out
-
-    def node(self, tensor: Tensor) -> fx.Node:
-        """Where a tensor comes from; one that was there before is kept as it is."""
-        if tensor not in self.nodes:
-            name = f"outside{len(self.graph.nodes)}"
-            self.outside.register_buffer(name, tensor)
-            self.nodes[tensor] = self.graph.get_attr(name)
-        return self.nodes[tensor]  # type: ignore[no-any-return]
-
-    def ended(self, results: list[Tensor]) -> fx.GraphModule:
-        """What leads to the results, as a function of the leaves."""
-        self.graph.output([self.node(result) for result in results])
-        self.graph.eliminate_dead_code()
-        return fx.GraphModule(self.outside, self.graph)
-
-
-def _looks(func: Any, args: Any) -> bool:
-    """Whether an operation's result, or its shape, depends on values that a replay would not look at again."""
-    if func is aten.index.Tensor:
-        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-    return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
 
 
 def compiled(recording: Recording, mended: tuple[Path, ...] = ()) -> Recording:
@@ -215,11 +159,11 @@ def compiled(recording: Recording, mended: tuple[Path, ...] = ()) -> Recording:
     return Recording(fast, recording.result, recording.example)
 
 
-def captured(recording: Recording, pool: Any) -> Recording:
-    """The recording as one CUDA graph, whose memory comes from `pool`; as it is where a graph cannot hold it, as where an
-    operation waits for the device."""
+def captured(recording: Recording, pool: Any, turn: threading.Lock) -> Recording:
+    """The recording as one CUDA graph, whose memory comes from `pool`, and which runs when it has the `turn`; as it is where a
+    graph cannot hold it, as where an operation waits for the device."""
     try:
-        return Recording(Captured(recording.graph, recording.example, pool), recording.result, recording.example)
+        return Recording(Captured(recording.graph, recording.example, pool, turn), recording.result, recording.example)
     except RuntimeError as error:
         log.info("no CUDA graph of it (%s); its operations are launched one by one", str(error).strip().splitlines()[0])
         return recording
@@ -227,10 +171,10 @@ def captured(recording: Recording, pool: Any) -> Recording:
 
 class Captured:
     """The operations `graph` as a CUDA graph: it reads and writes memory of its own, so arguments are copied in and results
-    out. Threads take turns."""
+    out. Graphs of one pool take turns, since their memory overlaps; all callers must be on the device's default stream."""
 
-    def __init__(self, graph: Callable[..., list[Tensor]], example: list[Tensor], pool: Any) -> None:
-        self.turn, self.replayed = threading.Lock(), torch.cuda.CUDAGraph()
+    def __init__(self, graph: Callable[..., list[Tensor]], example: list[Tensor], pool: Any, turn: threading.Lock) -> None:
+        self.turn, self.replayed = turn, torch.cuda.CUDAGraph()
         with torch.no_grad(), torch.cuda.device(example[0].device):
             self.given = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t) for t in example]
             aside = torch.cuda.Stream()  # what libraries prepare in their first call cannot be captured
@@ -238,8 +182,10 @@ class Captured:
             with torch.cuda.stream(aside):
                 graph(*self.given)
             torch.cuda.current_stream().wait_stream(aside)
-            # Of this thread alone: others may go on with what a capture of all would forbid them.
-            with torch.cuda.graph(self.replayed, pool, capture_error_mode="thread_local"):
+            # Of this thread alone: others may go on with what a capture of all would forbid them. After a capture that failed
+            # torch does not come back from its stream.
+            back = torch.cuda.stream(torch.cuda.current_stream())
+            with back, torch.cuda.graph(self.replayed, pool, capture_error_mode="thread_local"):
                 self.results = graph(*self.given)
 
     def __call__(self, *leaves: Tensor) -> list[Tensor]:
