@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: install demo test test-all check speed results tables clean
+.PHONY: install demo test test-gpu test-all check speed results tables clean
 
 install: .venv/installed
 demo: install
@@ -11,6 +11,8 @@ demo: install
 # what they import and prepare.
 test: .venv/tested
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+test-gpu: .venv/tested
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m gpu -n 4
 test-all: .venv/tested
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
 check: .venv/checked

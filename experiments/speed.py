@@ -438,6 +438,7 @@ def main(config: Config) -> None:
             version(package)
         except PackageNotFoundError:
             raise UserError(f"{package}, a peer, is not installed; `make speed` installs all peers and runs this") from None
+    torch.backends.cudnn.allow_tf32 = False  # ours is unrounded, and peers are to do the same work
     threads, rows = torch.get_num_threads(), list[Row]()
     for name in asked:
         torch.set_num_threads(1 if name == "samplers" else threads)
