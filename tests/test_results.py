@@ -93,6 +93,34 @@ def test_the_runs_that_are_missing_are_made_and_those_that_fail_are_named(
     assert [path.name for path in tmp_path.glob("*.log")] == ["glyphs-seed2.log"]
 
 
+def test_how_long_all_runs_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ten iterations of 2 s after ten slow ones, test tasks of 0.5 s, for a run of 300 iterations with three validations."""
+    kept = {"iterations": 300, "validate_every": 100, "val_tasks": 40, "eval_tasks": 480}
+    (tmp_path / "glyphs-seed0").mkdir()
+    (tmp_path / "glyphs-seed0" / "config.json").write_text(json.dumps(kept))
+    asked: list[list[str]] = []
+
+    def run(command: list[str], **given: Any) -> Any:
+        asked.append(command)
+        folder = Path(command[command.index("--out") + 1])
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        rows = [{"iteration": i + 1, "loss": 1.0, "seconds": 9.0 * min(i, 10) + 2.0 * max(0, i - 10)} for i in range(20)]
+        (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        (folder / "summary.json").write_text(json.dumps({"card": {"seconds_per_task": 0.5}}))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr("experiments.tools.results.subprocess.run", run)
+    main(Config(match="glyphs", out=tmp_path, jobs=2, estimate=20))
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        f"{'glyphs':40} 3 x {(300 * 2 + 0.5 * (480 + 3 * 40)) / 60:6.1f} min", "3 runs, 2 at a time: 0.38 hours"
+    ]  # fmt: skip
+    (command,) = asked
+    assert command[command.index("--iterations") + 1] == "20"
+    with pytest.raises(UserError, match="has no configuration of omniglot-vinyals-seed0; let its run begin first"):
+        main(Config(match="omniglot-vinyals", out=tmp_path, estimate=20))
+
+
 def test_the_first_seeds_of_all_rows_come_first() -> None:
     seeds = [int(run.folder[-1]) if "-seed" in run.folder else 0 for run in wanted(Config())]
     assert seeds == sorted(seeds) and set(seeds) == {0, 1, 2}
