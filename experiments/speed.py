@@ -60,7 +60,7 @@ from toolkit.choose import peak
 from toolkit.data.bank import ClassBank
 from toolkit.data.cifar import cifar_fs_30
 from toolkit.data.omniglot import PARTS, omniglot
-from toolkit.engine import gradient_function
+from toolkit.engine import gradient_function, unrounded
 from toolkit.errors import UserError, unknown
 from toolkit.evaluate import judge
 from toolkit.files import replace as replace_file
@@ -438,11 +438,11 @@ def main(config: Config) -> None:
             version(package)
         except PackageNotFoundError:
             raise UserError(f"{package}, a peer, is not installed; `make speed` installs all peers and runs this") from None
-    torch.backends.cudnn.allow_tf32 = False  # ours is unrounded, and peers are to do the same work
     threads, rows = torch.get_num_threads(), list[Row]()
     for name in asked:
         torch.set_num_threads(1 if name == "samplers" else threads)
-        rows += SECTIONS[name](config)
+        with unrounded():  # peers are to do the same work as we do
+            rows += SECTIONS[name](config)
         write(rows, config)
         log.info("%s is measured", name)
     print((config.out / ("speed.md" if config.device == "cpu" else "speed-cuda.md")).read_text())

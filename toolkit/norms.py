@@ -129,11 +129,10 @@ def _instance_norm(
 def _group_norm(
     input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
-    shape, groups = [1, -1] + [1] * (input.dim() - 2), input.unflatten(1, (num_groups, -1))
+    groups = input.unflatten(1, (num_groups, -1))
     variance, mean = _statistics(groups, list(range(2, groups.dim())))
-    y = _affine(groups, mean, variance, eps, None, None, shape).flatten(1, 2)
-    y = y if weight is None else y * weight.view(shape)
-    return y if bias is None else y + bias.view(shape)
+    shape = [1, num_groups, -1] + [1] * (input.dim() - 2)
+    return _affine(groups, mean, variance, eps, weight, bias, shape).flatten(1, 2)
 
 
 def _in_order(

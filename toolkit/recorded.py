@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from toolkit.data.cache import cache_folder
-from toolkit.tape import Tape, Watch, reads_host
+from toolkit.tape import NoPeeking, Tape, reads_host
 
 log = logging.getLogger("toolkit")
 PATIENCE, GLANCE = 120.0, 10.0  # seconds that the compiler gets, and between two words on it
@@ -112,7 +112,7 @@ def written(function: Callable[..., Any], *trees: Any) -> tuple[Recording, Any]:
     """The same, and what the function returned."""
     leaves, given = pytree.tree_flatten(trees)
     own = [leaf.detach() for leaf in leaves]  # of a tensor that is given twice, two that can be told apart
-    with warnings.catch_warnings(), Watch(), Tape(own) as tape:
+    with warnings.catch_warnings(), NoPeeking(), Tape(own) as tape:
         warnings.simplefilter("ignore")  # of torch about its own batching rules
         returned = function(*pytree.tree_unflatten(own, given))
     results, spec = pytree.tree_flatten(returned)

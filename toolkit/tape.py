@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 aten = torch.ops.aten
 
 
-class Watch(TorchFunctionMode):
+class NoPeeking(TorchFunctionMode):
     """Refuses what takes the values of tensors without an operation, such as `numpy`, which a tape would not see."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
