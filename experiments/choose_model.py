@@ -43,7 +43,8 @@ from toolkit.files import replace as replace_file
 from toolkit.flags import EpisodeFlags, checked, launch
 from toolkit.learner import Learner
 from toolkit.runs.comparison import Entry, difference, entries
-from toolkit.runs.folder import Run, check_same, write_json
+from toolkit.runs.entry import check_same
+from toolkit.runs.folder import Run, write_json
 from toolkit.train import train
 
 log = logging.getLogger("toolkit")

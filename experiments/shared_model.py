@@ -53,7 +53,8 @@ from toolkit.learner import Learner, Meta
 from toolkit.metrics import accuracy
 from toolkit.models import BigModel
 from toolkit.plan import Plan
-from toolkit.runs.folder import Run, prepare, settle, write_json
+from toolkit.runs.entry import prepare, settle
+from toolkit.runs.folder import Run, write_json
 from toolkit.runs.summary import Outcome, code_version, peak_mb, summarise
 from toolkit.samplers import Loaders, MetaTask, joint_epochs
 from toolkit.samplers.episodes import as_input

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from experiments import omniglot, sinusoid
 from tests.conftest import convolutional, dense, flat, named, task_batch
-from toolkit import Batch, Learner, Meta, Outer, Plan, Task, UserError, algorithms, evaluate, experiment, parts, train
+from toolkit import Batch, Learner, Meta, Outer, Plan, Task, UserError, algorithms, evaluate, parts, train
 from toolkit.data.bank import ClassBank
 from toolkit.distributed import Group
 from toolkit.experiment import facts, run
@@ -28,8 +28,9 @@ from toolkit.metrics import squared_error
 from toolkit.models import mlp
 from toolkit.objectives import Implicit
 from toolkit.rules import SGD, Adam, Clip, Frozen, Groups, Proximal
-from toolkit.runs import checkpoint
-from toolkit.runs.folder import LATER, Run, config_hash, prepare, write_json
+from toolkit.runs import checkpoint, entry
+from toolkit.runs.entry import prepare
+from toolkit.runs.folder import LATER, Run, config_hash, write_json
 from toolkit.runs.journal import ROWS, Journal, better
 from toolkit.samplers import AllClasses, Episodes, Sinusoid
 from toolkit.stopping import stop_signals
@@ -314,10 +315,58 @@ def test_a_folder_that_another_process_took_meanwhile_is_left_to_it(tmp_path: Pa
         prepare(folder, settings, resume, overwrite)
         return prepare(folder, settings | {"seed": 9}, resume=False, overwrite=True)
 
-    monkeypatch.setattr(experiment, "prepare", late)
+    monkeypatch.setattr(entry, "prepare", late)
     with pytest.raises(UserError, match="was made with --seed 9, not 0; resume with the same flags, or choose another --out"):
         run(config(tmp_path / "run", iterations=1), "sinusoid", regression(), TRAINING, VALIDATION, TEST)
     assert Run(tmp_path / "run").config["seed"] == 9 and not (tmp_path / "run" / "plan.json").exists()
+
+
+def test_a_slurm_job_that_was_put_in_line_again_goes_on_with_its_own_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Stopped(BaseException):
+        """Slurm takes the machine."""
+
+    caplog.set_level(logging.INFO, "toolkit")
+
+    def job(number: int, restarts: int, validations: int = 9) -> Run:
+        """The same command, stopped in the validation after so many."""
+        drawn = iter(range(6 * validations))
+
+        def validation(generator: torch.Generator) -> Task:
+            if next(drawn, None) is None:
+                raise Stopped
+            return VALIDATION(generator)
+
+        monkeypatch.setenv("SLURM_JOB_ID", str(number))
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+        caplog.clear()
+        flags = config(tmp_path / "run", overwrite=True, val_tasks=6)
+        return run(flags, "sinusoid", regression(), TRAINING, validation, TEST)
+
+    def of_job() -> tuple[str, bool]:
+        """Whose run the folder holds, and whether that is finished."""
+        return Run(tmp_path / "run").config["job"], (tmp_path / "run" / "summary.json").exists()
+
+    before = job(6, 0).curve
+    with monkeypatch.context() as killed:
+        killed.setattr(entry, "settle", lambda path: None)
+        with pytest.raises(Stopped):
+            job(7, 0, validations=0)
+    assert of_job() == ("7", False)
+    with pytest.raises(Stopped):
+        job(7, 1, validations=0)
+    assert of_job() == ("6", True), "it had saved nothing, so what it was to replace is back"
+    with pytest.raises(Stopped):
+        job(7, 2, validations=1)
+    assert of_job() == ("7", False) and "going on" not in caplog.text
+    whole = job(7, 3)
+    assert of_job() == ("7", True) and "going on after iteration 3" in caplog.text
+    assert torch.equal(whole.curve.metric, before.metric)
+    job(7, 4)
+    assert "is finished already" in caplog.text
+    job(8, 0)
+    assert of_job() == ("8", True) and "going on" not in caplog.text, "another job, or the first time of one, replaces it"
 
 
 class Dropping(nn.Module):

@@ -32,7 +32,7 @@ TOOL = [
     ("plan --sampler glyphs --budget 3apples", r"budget"),
     # runs that are not there or not whole
     ("plot nowhere", r"there is no run folder nowhere; give the folder that holds config\.json"),
-    ("plot half", r"half has no summary\.json; the run has not come so far, continue it with --resume"),
+    ("plot half --out half/curves", r"half has no summary\.json; the run has not come so far, continue it with --resume"),
     ("plot cut-summary", r"cut-summary/summary\.json is damaged .*; restore it or repeat the run"),
     ("plot cut-metrics", r"cut-metrics/metrics\.jsonl is damaged .*; restore it or repeat the run"),
     ("plot edited-metrics", r"edited-metrics/metrics\.jsonl is damaged .*; restore it or repeat the run"),

@@ -22,7 +22,7 @@ from toolkit import Learner, UserError, algorithms
 from toolkit.models import conv4, mlp
 from toolkit.plots import figures
 from toolkit.plots.comparison import comparison
-from toolkit.plots.frame import moving_mean
+from toolkit.plots.frame import heading, moving_mean
 from toolkit.plots.rates import learned_rates
 from toolkit.plots.save import draw_run, numbers, save
 from toolkit.rule_line import parse
@@ -352,14 +352,22 @@ def test_draw_run_draws_what_a_damaged_file_leaves_and_says_so(tmp_path: Path, f
     assert {path.stem for path in run.path.glob("*.png")} == left
 
 
-def test_of_a_run_that_was_stopped_no_more_is_said_than_that(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_of_a_run_that_was_stopped_its_training_is_drawn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "toolkit")
     run = make(tmp_path / "run", ACCURACY)
+    whole = heading([run])
     for name in ("summary.json", "curve.json", "example.safetensors"):
         (run.path / name).unlink(missing_ok=True)
+    with open(run.path / "metrics.jsonl", "a") as file:
+        file.write('{"iteration": 12, "lo')  # as in a run that is just writing
+    (run.path / "config.json").write_text('{"algorithm": "maml", "sampler": "toy", "metric": "accuracy", "val_tasks": 50}')
+    assert {path.stem for path in draw_run(run.path)} == {"training"}
+    assert "run is not finished: only its training can be drawn" in caplog.text and "have no picture" not in caplog.text
+    stopped = Run(run.path)
+    assert heading([stopped]) == whole and figures.training([stopped]).axes[0].get_ylabel() == "accuracy (%)"
+    (run.path / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match=r"run has no summary\.json; the run has not come so far, continue it with --resume$"):
         draw_run(run.path)
-    assert "have no picture" not in caplog.text
 
 
 def test_draw_run_wants_no_training_of_an_evaluation(tmp_path: Path) -> None:

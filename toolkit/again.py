@@ -18,13 +18,13 @@ from torch import Tensor
 from toolkit import experiment, parts, plugins
 from toolkit.arguments import fits
 from toolkit.errors import UserError
-from toolkit.files import alone_in
 from toolkit.flags import PROTOCOLS, EpisodeFlags, Flags, checked
 from toolkit.landscape import landscape
 from toolkit.learner import Learner, Meta
 from toolkit.plan import Plan
 from toolkit.runs import checkpoint
-from toolkit.runs.folder import Run, config_hash, prepare, settle, write_json
+from toolkit.runs.entry import entered
+from toolkit.runs.folder import Run, config_hash, write_json
 from toolkit.runs.summary import Outcome, code_version, table
 from toolkit.starts import inherited, zeros
 from toolkit.task import draw, move, take
@@ -109,16 +109,13 @@ def evaluated(run: Run, words: Sequence[str]) -> tuple[Path, dict[str, Any]]:
     changed = {key: getattr(flags, key) for key in NAMED if getattr(flags, key, None) != getattr(kept, key, None)}
     name += "".join(f"-{key}-{re.sub('[^A-Za-z0-9.=_-]+', '_', str(value))}" for key, value in changed.items())
     folder = flags.out or run.path / "evaluations" / name
-    _place(run, folder, config, flags.overwrite)
+    replaces = _replaces(run, folder, flags.overwrite)
     where = words.index("--data-root") if "--data-root" in words else len(words)
     typed = [*words[:where], *words[where + 2 :]]  # a data root belongs to a machine
     place = run.path.name if run.path.is_absolute() else str(run.path)
     traces = {"git": code_version(), "command": shlex.join(["toolkit", "evaluate", place, *typed]), "weights_of": run.path.name}
-    with alone_in(folder):
-        try:
-            summary = judged(folder, flags, config, learner, outcome, tasks.test, tasks.chance, traces)
-        finally:
-            settle(folder)
+    with entered(folder, config, resume=False, overwrite=replaces):
+        summary = judged(folder, flags, config, learner, outcome, tasks.test, tasks.chance, traces)
     from toolkit.plots.figures import adaptation
     from toolkit.plots.save import save
 
@@ -230,9 +227,9 @@ def _as_trained(flags: Flags, kept: Flags) -> Flags:
     return replace(flags, train_ways=trained if flags.ways < trained else None)
 
 
-def _place(run: Run, folder: Path, config: dict[str, Any], overwrite: bool) -> None:
-    """Makes the folder of an evaluation, in place of one that was stopped. Raises UserError where that is the run's own, and
-    where another evaluation is finished and may not be replaced."""
+def _replaces(run: Run, folder: Path, overwrite: bool) -> bool:
+    """Whether an evaluation may replace what is in its folder: where that was stopped, too. Raises UserError where the folder
+    is the run's own, and where another evaluation is finished and may not be replaced."""
     here, own = folder.resolve(), run.path.resolve()
     if here == own or here in own.parents:
         raise UserError(f"--out {folder} is the run {run.path} or holds it; choose another place")
@@ -241,7 +238,7 @@ def _place(run: Run, folder: Path, config: dict[str, Any], overwrite: bool) -> N
         raise UserError(f"the evaluation {folder} exists; replace it with --overwrite, or choose another place with --out")
     # Of another run, which has more than an evaluation that was stopped, nothing is lost without being asked for.
     stopped = not finished and not any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints"))
-    prepare(folder, config, resume=False, overwrite=overwrite or stopped)
+    return overwrite or stopped
 
 
 def _code(words: Sequence[str]) -> list[str]:

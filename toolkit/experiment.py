@@ -5,7 +5,7 @@ import math
 import shutil
 import signal
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,12 @@ from toolkit.energy import Energy, counters
 from toolkit.engine import switched
 from toolkit.errors import UserError
 from toolkit.evaluate import calibrate, evaluate
-from toolkit.files import alone_in
 from toolkit.flags import Flags
 from toolkit.learner import Learner, Meta
 from toolkit.plan import Plan, ordered
 from toolkit.runs import checkpoint
-from toolkit.runs.folder import NOT_HASHED, Run, check_same, config_hash, prepare, refuse, settle, source_hash, write_json
+from toolkit.runs.entry import entered, put_in_line_again, refuse, settle, slurm_job
+from toolkit.runs.folder import NOT_HASHED, Run, config_hash, source_hash, write_json
 from toolkit.runs.journal import Journal, better, rates
 from toolkit.runs.loggers import loggers
 from toolkit.runs.summary import Outcome, code_version, command, peak_mb, table
@@ -68,6 +68,8 @@ def run(
     folder = flags.out or Path("results") / experiment / flags.run_name
     for name in flags.logger:
         plugins.resolve(name, "loggers")
+    if group.first(lambda: put_in_line_again(folder)):
+        flags = replace(flags, resume=True, overwrite=False)
     if group.first(lambda: refuse(folder, config, flags.resume, flags.overwrite)):
         log.info("%s is finished already", folder)
         if not group.rank:
@@ -103,17 +105,11 @@ def run(
     log.info("%s on %s, %s%s%s", learner.name, flags.sampler, _describe(learner, plan), by, many)
     if changed := switched(trainee, task):
         log.info("%s", changed)
-    finished = group.first(lambda: prepare(folder, config, flags.resume, flags.overwrite))
-    with nullcontext() if group.rank else alone_in(folder):
+    with ExitStack() as held:  # in which the first process is, for all
+        finished = group.first(lambda: held.enter_context(entered(folder, config, flags.resume, flags.overwrite)))
         if not group.rank:
-            check_same(Run(folder).config, config, folder)  # a process that began at the same time may have come between
             write_json(folder / "plan.json", asdict(plan))
-        try:
-            outcome = _train(job)
-        except BaseException:
-            if not group.rank:
-                settle(folder)
-            raise
+        outcome = _train(job)
         summary = judged(folder, flags, config, learner, outcome, test, chance, traces, group)
 
     def say() -> None:
@@ -128,9 +124,12 @@ def run(
 
 
 def configuration(flags: Flags, experiment: str, learner: Learner | None = None) -> dict[str, Any]:
-    """The content of config.json: all flags, with the batch-norm policy that the learner settled on."""
-    config = {"experiment": experiment} | {k: str(v) if isinstance(v, Path) else v for k, v in asdict(flags).items()}
-    return config | ({"batch_norm": learner.batch_norm} if learner and "batch_norm" in config else {})
+    """The content of config.json: all flags, with the metric and the batch-norm policy that the learner settled on."""
+    said = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(flags).items()}
+    config = {"experiment": experiment} | slurm_job() | said
+    if learner is None:
+        return config
+    return config | {"metric": learner.metric_name} | ({"batch_norm": learner.batch_norm} if "batch_norm" in config else {})
 
 
 def facts(config: dict[str, Any]) -> dict[str, Any]:

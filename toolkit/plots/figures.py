@@ -66,10 +66,10 @@ def training(runs: Sequence[Run]) -> Figure:
     """Training against iteration: logged values thin, a centred moving mean bold, validation points with 95 % bars.
 
     The upper panel holds the metric (accuracy in percent), with a star on the checkpoint that validation selected; the
-    lower one the loss, left out where the metric is itself the loss. Raises UserError as `adaptation`, and for a run
-    without training rows.
+    lower one the loss, left out where the metric is itself the loss. Runs may still go on. Raises UserError for no run, too
+    many, unlike metrics, and a run without training rows.
     """
-    tests = frame.tests_of(runs)
+    tests = frame.tests_of(runs, finished=False)
     percent = frame.percent(tests[0])
     keys = ["metric", "loss"] if percent else ["metric"]
     figure = Figure()
@@ -252,7 +252,7 @@ def _validation(axes: Axes, run: Run, key: str, scale: float, index: int) -> Leg
         bar = axes.errorbar(at, height, yerr=bars, **point, elinewidth=0.8, label="validation")
         tasks = run.config.get("val_tasks")
         marks += [(bar, f"validation, 95 % interval over {tasks} tasks" if tasks else "validation")]
-    if key == "metric" and "val_metric" in (chosen := run.summary.get("selected") or {}):
+    if key == "metric" and "val_metric" in (chosen := run.known.get("selected") or {}):
         star: Keywords = {"marker": "*", "markersize": 11, "color": "white", "mec": "black", "linestyle": ""}
         spot = (chosen["iteration"],), frame.column([chosen["val_metric"]], scale)
         marks += [(axes.plot(*spot, **star, zorder=5, label="selected")[0], "selected on validation")]

@@ -38,12 +38,13 @@ def styled() -> Iterator[None]:
         yield
 
 
-def tests_of(runs: Sequence[Run]) -> list[Test]:
-    """The test results. Raises UserError unless every run has one, and they can be drawn in one figure."""
+def tests_of(runs: Sequence[Run], finished: bool = True) -> list[Test]:
+    """The test results; of runs that need not be `finished` perhaps their metric alone. Raises UserError unless every run has
+    one, and they can be drawn in one figure."""
     most = len(matplotlib.rcParams["axes.prop_cycle"])
     if not 1 <= len(runs) <= most:
         raise UserError(f"a figure holds 1 to {most} runs, not {len(runs)}; draw them in groups")
-    tests = [run.result["test"] for run in runs]
+    tests = [(run.result if finished else run.known)["test"] for run in runs]
     if len({test["metric"] for test in tests}) > 1:
         metrics = ", ".join(f"{run.path}: {test['metric']}" for run, test in zip(runs, tests, strict=True))
         raise UserError(f"runs of different metrics ({metrics}) do not fit in one figure; draw them separately")
@@ -57,7 +58,7 @@ def rows(run: Run, key: str) -> list[dict[str, float]]:
 
 def label(run: Run) -> str:
     """What names a run in a legend: its algorithm, and its folder in brackets, shortened in the middle when long."""
-    name, algorithm = run.path.resolve().name, str(run.result["algorithm"])
+    name, algorithm = run.path.resolve().name, str(run.known["algorithm"])
     if len(name) > NAME:
         name = f"{name[: NAME // 2]}…{name[1 - NAME // 2 :]}"
     return algorithm if name == algorithm else f"{algorithm} ({name})"
@@ -65,8 +66,8 @@ def label(run: Run) -> str:
 
 def heading(runs: Sequence[Run]) -> str:
     """What a figure shows: the samplers of the runs, each once, and the algorithm when there is one run."""
-    names = distinct([run.result["sampler"] for run in runs])
-    return names if len(runs) > 1 else f"{runs[0].result['algorithm']} on {names}"
+    names = distinct([run.known["sampler"] for run in runs])
+    return names if len(runs) > 1 else f"{runs[0].known['algorithm']} on {names}"
 
 
 def distinct(values: Sequence[Any]) -> str:

@@ -140,9 +140,9 @@ def draw_run(path: Path) -> list[Path]:
     """Draws adaptation, training, reliability where it was measured, learned rates where there are any, and the example task
     (task or fits) into the run folder `path`, from its files alone, and returns the files.
 
-    An example that is no image classification and no scalar regression is left out with a log message, and so are the course
-    and the rates of training of an evaluation, which has none. Raises UserError when the folder lacks a file or a test result,
-    or has a damaged one; the figures that do not need it are drawn all the same.
+    Of a run that goes on or was stopped there are training and rates, and a log message; an example that is no image
+    classification and no scalar regression is left out with one. An evaluation has no training. Raises UserError when the
+    folder lacks a file or has a damaged one; the figures that do not need it are drawn all the same.
     """
     run = Run(path)
     drawn: dict[str, Figure] = {}
@@ -154,12 +154,17 @@ def draw_run(path: Path) -> list[Path]:
         except UserError as error:
             problems.append(error)
 
-    attempt(lambda: {"adaptation": figures.adaptation([run])})
-    attempt(lambda: {"reliability": reliability([run])} if measured(run) else {})
-    if not problems and "weights_of" not in run.summary:
+    if finished := (path / "summary.json").exists():
+        attempt(lambda: {"adaptation": figures.adaptation([run])})
+        attempt(lambda: {"reliability": reliability([run])} if measured(run) else {})
+    elif not (path / "metrics.jsonl").exists():
+        _ = run.result  # which says what is missing
+    else:
+        log.info("%s is not finished: only its training can be drawn", path)
+    if not problems and not (finished and "weights_of" in run.summary):
         attempt(lambda: {"training": figures.training([run])})
         attempt(lambda: {"rates": learned_rates(run)} if any(key.startswith("rate/") for r in run.metrics for key in r) else {})
-    attempt(lambda: _example(run))
+    attempt(lambda: _example(run) if finished else {})
     written = [file for name, figure in drawn.items() for file in save(figure, path / name)]
     if problems:
         also = f" (drawn without it: {', '.join(drawn)})" if drawn else ""
@@ -168,9 +173,7 @@ def draw_run(path: Path) -> list[Path]:
 
 
 def _example(run: Run) -> dict[str, Figure]:
-    if not (run.path / "summary.json").exists():
-        pass
-    elif not (run.path / "example.safetensors").exists():
+    if not (run.path / "example.safetensors").exists():
         log.info("the tasks of %s have no picture: their inputs have several parts", run.path)
     elif kind := figures.example_kind(run):
         return {kind: figures.example(run)}

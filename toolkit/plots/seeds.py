@@ -18,12 +18,12 @@ PANEL = 2.2  # inch
 @frame.styled()
 def training_seeds(runs: Sequence[Run]) -> Figure:
     """The metric on validation tasks against iteration: each run thin, the mean of a method's seeds bold, over the iterations
-    at which all of them were validated. A method of one seed is one bold line.
+    at which all of them were validated. A method of one seed is one bold line. Runs may still go on.
 
     Raises UserError for a run without validations, seeds without an iteration in common, and unlike metrics.
     """
     groups = grouped(runs)
-    tests = frame.tests_of([group[0] for group in groups.values()])
+    tests = frame.tests_of([group[0] for group in groups.values()], finished=False)
     scale = 100.0 if frame.percent(tests[0]) else 1.0
     figure = Figure()
     axes, named = figure.subplots(), []

@@ -79,7 +79,7 @@ def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
             raise UserError(
                 f"{first.path} and {second.path} are one method with the same seed {first.config['seed']}; give one of them"
             )
-    methods = [str(group[0].result["algorithm"]) for group in groups]
+    methods = [str(group[0].known["algorithm"]) for group in groups]
     places = names([group[0].path for group in groups])
     return {
         method if methods.count(method) == 1 else f"{method} ({place})": group

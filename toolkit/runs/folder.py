@@ -7,9 +7,7 @@ example.safetensors  one test task with predictions                      checkpo
 
 import hashlib
 import json
-import logging
 import math
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,13 +22,12 @@ import toolkit
 from toolkit import plugins
 from toolkit.curve import Curve
 from toolkit.errors import UserError
-from toolkit.files import alone_in, replace
-
-log = logging.getLogger("toolkit")
+from toolkit.files import replace
 
 # These say where a run is kept and how it is watched; they cannot change its numbers.
 NOT_HASHED = (
     "out", "resume", "overwrite", "debug", "data_root", "download", "preset", "logger", "budget", "protocol", "shard", "slurm",
+    "job", "metric",
 )  # fmt: skip
 # Flags that came after the first version, with the value that leaves everything as it was: runs without them still resume.
 LATER: dict[str, Any] = {
@@ -77,6 +74,16 @@ class Run:
         return summary
 
     @cached_property
+    def known(self) -> dict[str, Any]:
+        """The result; of a run that goes on or was stopped, what its configuration says of it: algorithm, sampler, test
+        {metric}."""
+        if (self.path / "summary.json").exists():
+            return self.result
+        return {key: str(self.config.get(key)) for key in ("algorithm", "sampler")} | {
+            "test": {"metric": self.config.get("metric", "metric")}
+        }
+
+    @cached_property
     def curve(self) -> Curve:
         """The test curve, every task."""
         data = self._json("curve.json")
@@ -88,11 +95,8 @@ class Run:
     @cached_property
     def metrics(self) -> list[dict[str, float]]:
         """Training rows {iteration, loss, metric, seconds}, validation rows {iteration, val_loss, val_metric, val_ci95}, and
-        rows of learned inner rates {iteration, rate/<name>, ...}."""
-        return self.rows()
-
-    def rows(self, torn: bool = False) -> list[dict[str, float]]:
-        """The lines of metrics.jsonl; with `torn` without the last where that is half written, as in a run that goes on."""
+        rows of learned inner rates {iteration, rate/<name>, ...}; without a half-written last one in a run that goes on."""
+        torn = not (self.path / "summary.json").exists()
         lines, rows = self._read("metrics.jsonl").splitlines(), []
         for number, line in enumerate(lines, 1):
             try:
@@ -210,82 +214,3 @@ def source_hash() -> str:
     for file in (*sorted(Path(toolkit.__file__).parent.rglob("*.py")), Path(sys.argv[0]), *plugins.sources()):
         digest.update(file.read_bytes() if file.is_file() else b"")
     return digest.hexdigest()[:16]
-
-
-def refuse(path: Path, config: dict[str, Any], resume: bool, overwrite: bool) -> bool:
-    """Whether the run that is to be resumed is finished already.
-
-    What an earlier run in this place replaced is settled first. Raises UserError when both `resume` and `overwrite` were asked
-    for, or neither for a folder that exists; when that is no run folder, when another process is at work in it, when it was
-    made with another configuration, or is to be replaced and is the working directory.
-    """
-    if resume and overwrite:
-        raise UserError("--resume goes on with the run that is there, --overwrite replaces it; give one of them")
-    with alone_in(path):
-        settle(path)
-    if not _holds_something(path):
-        return False
-    if not (path / "config.json").exists():
-        raise UserError(f"{path} exists and is not a run folder; choose another place with --out")
-    if not (resume or overwrite):
-        raise UserError(
-            f"the run folder {path} exists; continue it with --resume, replace it with --overwrite, or choose --out"
-        )
-    if resume:
-        check_same(Run(path).config, config, path)
-    elif path.resolve() in (Path.cwd(), *Path.cwd().parents):
-        raise UserError(f"--overwrite cannot replace {path.resolve()} from within it; change to another folder first")
-    return resume and (path / "summary.json").exists()
-
-
-def prepare(path: Path, config: dict[str, Any], resume: bool, overwrite: bool) -> Run:
-    """The run folder for `config`, made when it is not there. One that is replaced is kept aside until `settle`.
-
-    Raises UserError as `refuse`.
-    """
-    refuse(path, config, resume, overwrite)
-    place = path.resolve()
-    if _holds_something(path) and not resume:
-        place.rename(_aside(path))
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        write_json(path / "config.json", config)
-    except BaseException:
-        settle(path)
-        raise
-    return Run(path)
-
-
-def _holds_something(path: Path) -> bool:
-    return path.exists() and (not path.is_dir() or any(path.iterdir()))
-
-
-def settle(path: Path) -> None:
-    """What a run folder replaced, if anything, is removed once the folder holds a checkpoint or a result of its own, and is
-    there again where the new run came to nothing, be it killed before it saved anything."""
-    if not (aside := _aside(path)).exists():
-        return
-    if (path / "summary.json").exists() or any((path / "checkpoints").glob("step-*/manifest.json")):
-        shutil.rmtree(aside)
-        return
-    shutil.rmtree(path.resolve(), ignore_errors=True)
-    aside.rename(path.resolve())
-    log.warning("%s is as it was: the run that was to replace it saved nothing", path)
-
-
-def _aside(path: Path) -> Path:
-    place = path.resolve()
-    return place.with_name(f".{place.name}.replaced")
-
-
-def check_same(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
-    """Raises UserError where the new configuration would make other numbers than that of the run at `path`, naming the flag."""
-    new = json.loads(json.dumps(new))  # as the old one was read: tuples are lists there
-    for key in sorted(set(old) | set(new)):
-        before, now = old.get(key, LATER.get(key)), new.get(key, LATER.get(key))
-        if key not in NOT_HASHED and before != now:
-            flag = "--" + key.replace("_", "-")
-            other = f", or test the finished run anew by `toolkit evaluate {path}`" if key.startswith("eval_") else ""
-            raise UserError(
-                f"{path} was made with {flag} {before}, not {now}; resume with the same flags, or choose another --out{other}"
-            )

@@ -32,7 +32,7 @@ def view(run: Run) -> str:
     """The state of a run on some lines: iterations done and how long the rest may take, loss and metric of training and the
     metric on validation as they are now, each with its course; the test result when there is one. A torn last line of the
     journal is left out."""
-    total, rows = run.config.get("iterations"), run.rows(torn=True) if (run.path / "metrics.jsonl").exists() else []
+    total, rows = run.config.get("iterations"), run.metrics if (run.path / "metrics.jsonl").exists() else []
     if not isinstance(total, int) or total < 1:
         raise UserError(f"{run.path / 'config.json'} has no number of iterations; restore it or repeat the run")
     training = [row for row in rows if "loss" in row]
