@@ -28,9 +28,12 @@ def test_the_flag_is_taken_out_of_the_command() -> None:
     assert without(["a.py", "--slurm=nodes=2", "--seed", "1"], "--slurm") == ("a.py", "--seed", "1")
 
 
-def test_a_stopped_job_goes_on() -> None:
+def test_a_stopped_job_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("submitit")
     work = Work(("a.py", "--overwrite", "--seed", "1"))
+    again = work.checkpoint().function
+    assert again == Work(("a.py", "--seed", "1", "--resume")) and again.checkpoint().function == again
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert work.checkpoint().function == work  # the run folder tells what the job has begun: tests/test_harness.py
 
 

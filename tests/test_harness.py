@@ -7,6 +7,8 @@ import shutil
 import signal
 import sys
 import threading
+import time
+from contextlib import AbstractContextManager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from experiments import omniglot, sinusoid
 from tests.conftest import convolutional, dense, flat, named, task_batch
-from toolkit import Batch, Learner, Meta, Outer, Plan, Task, UserError, algorithms, evaluate, parts, train
+from toolkit import Batch, Learner, Meta, Outer, Plan, Task, UserError, algorithms, evaluate, experiment, parts, train
 from toolkit.data.bank import ClassBank
 from toolkit.distributed import Group
 from toolkit.experiment import facts, run
@@ -311,12 +313,12 @@ def test_a_logger_that_cannot_be_made_leaves_no_folder(tmp_path: Path, monkeypat
 
 
 def test_a_folder_that_another_process_took_meanwhile_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def late(folder: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> Run:
-        prepare(folder, settings, resume, overwrite)
-        return prepare(folder, settings | {"seed": 9}, resume=False, overwrite=True)
+    def late(folder: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> AbstractContextManager[Run]:
+        prepare(folder, settings | {"seed": 9}, resume=False, overwrite=False)
+        return entry.entered(folder, settings, resume, overwrite)
 
-    monkeypatch.setattr(entry, "prepare", late)
-    with pytest.raises(UserError, match="was made with --seed 9, not 0; resume with the same flags, or choose another --out"):
+    monkeypatch.setattr(experiment, "entered", late)
+    with pytest.raises(UserError, match=r"the run folder .* exists; continue it with --resume, replace it with"):
         run(config(tmp_path / "run", iterations=1), "sinusoid", regression(), TRAINING, VALIDATION, TEST)
     assert Run(tmp_path / "run").config["seed"] == 9 and not (tmp_path / "run" / "plan.json").exists()
 
@@ -346,7 +348,7 @@ def test_a_slurm_job_that_was_put_in_line_again_goes_on_with_its_own_run(
 
     def of_job() -> tuple[str, bool]:
         """Whose run the folder holds, and whether that is finished."""
-        return Run(tmp_path / "run").config["job"], (tmp_path / "run" / "summary.json").exists()
+        return Run(tmp_path / "run").config["job"][0], (tmp_path / "run" / "summary.json").exists()
 
     before = job(6, 0).curve
     with monkeypatch.context() as killed:
@@ -365,6 +367,8 @@ def test_a_slurm_job_that_was_put_in_line_again_goes_on_with_its_own_run(
     assert torch.equal(whole.curve.metric, before.metric)
     job(7, 4)
     assert "is finished already" in caplog.text
+    job(7, 3)
+    assert "is finished already" not in caplog.text, "given twice since it was put in line, a command means what it says"
     job(8, 0)
     assert of_job() == ("8", True) and "going on" not in caplog.text, "another job, or the first time of one, replaces it"
 
@@ -600,6 +604,44 @@ def test_a_second_ctrl_c_interrupts_at_once_and_the_handlers_come_back(handlers:
         reached = True
         os.kill(os.getpid(), signal.SIGINT)
     assert reached and now(handlers) == handlers
+
+
+def test_the_handler_of_a_job_whose_time_is_up_is_called_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    before = signal.signal(signal.SIGUSR2, lambda number, frame: calls.append(number))
+    try:
+        with stop_signals() as received:
+            os.kill(os.getpid(), signal.SIGUSR2)
+            assert received == [signal.SIGUSR2] and not calls
+        assert calls == [signal.SIGUSR2] and threading.active_count() == len(threading.enumerate())
+        monkeypatch.setattr("toolkit.stopping.GRACE", 0.01)
+        with stop_signals():
+            os.kill(os.getpid(), signal.SIGUSR2)
+            for _ in range(500):
+                if len(calls) > 1:
+                    break
+                time.sleep(0.01)
+            assert len(calls) == 2, "a block that takes too long does not cost the job its place in line"
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+def test_a_job_whose_time_is_up_saves_first(tmp_path: Path) -> None:
+    saved: list[list[str]] = []
+
+    def put_in_line(number: int, frame: Any) -> None:
+        saved.append(sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")))
+        raise SystemExit(-1)
+
+    before = signal.signal(signal.SIGUSR2, put_in_line)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            sampler = Stopping(12, signal.SIGUSR2)
+            run(config(tmp_path / "run", validate_every=7), "x", regression(), sampler, VALIDATION, TEST)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    (steps,) = saved
+    assert stop.value.code == -1 and len(steps) == 1 and steps[0] < "step-00000007"
 
 
 def test_signals_are_left_alone_outside_the_main_thread(handlers: dict[int, Any]) -> None:

@@ -397,6 +397,47 @@ def test_a_folder_in_which_another_process_is_at_work_is_left_alone(tmp_path: Pa
     assert Run(run).config == config
 
 
+RIVALS = """
+import multiprocessing, os, shutil, sys
+from pathlib import Path
+from toolkit.errors import UserError
+from toolkit.runs.entry import entered, refuse
+from toolkit.runs.folder import write_json
+
+PLACE, CONFIG = Path(sys.argv[1]) / "run", {"seed": 1}
+
+def work(ready, ended, told):
+    ready.wait()
+    try:
+        refuse(PLACE, CONFIG, False, True)
+        with entered(PLACE, CONFIG, False, True):
+            write_json(PLACE / "summary.json", {"by": os.getpid()})
+            told.put("")
+            ended.wait()  # so that nobody comes after it
+    except (UserError, OSError) as error:
+        told.put(str(error))
+        ended.wait()
+
+for trial in range(15):
+    shutil.rmtree(PLACE, ignore_errors=True)
+    PLACE.mkdir()
+    write_json(PLACE / "config.json", CONFIG)
+    write_json(PLACE / "summary.json", {"by": 0})
+    ready, ended, told = (*(multiprocessing.Barrier(4, timeout=20) for _ in range(2)), multiprocessing.Queue())
+    rivals = [multiprocessing.Process(target=work, args=(ready, ended, told), daemon=True) for _ in range(4)]
+    for rival in rivals: rival.start()
+    said = sorted(told.get(timeout=20) for _ in rivals)
+    for rival in rivals: rival.join()
+    assert said[0] == "" and all("another process is at work in" in each for each in said[1:]), said
+    assert [path.name for path in PLACE.parent.iterdir()] == ["run"] and '"by": 0' not in (PLACE / "summary.json").read_text()
+"""
+
+
+def test_of_several_that_replace_a_run_at_once_one_does(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", RIVALS, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 FORKED = """
 import os, sys, time
 from pathlib import Path

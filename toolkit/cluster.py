@@ -4,7 +4,7 @@ import os
 import runpy
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ LOGS = Path("results") / "slurm"
 @dataclass(frozen=True)
 class Work:
     """A command line (a script and its words) as the work of each process of a job. A job that Slurm takes the machine from,
-    or whose time is up, is put in line again as it is: it knows the run that it has begun (`entry.put_in_line_again`)."""
+    or whose time is up, is put in line again and goes on from its newest checkpoint."""
 
     words: tuple[str, ...]
 
@@ -49,7 +49,10 @@ class Work:
         """What submitit puts in line when the job is stopped."""
         from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(self)
+        if "SLURM_JOB_ID" in os.environ:
+            return DelayedSubmission(self)  # Slurm counts how often, so that it knows its run: `entry.put_in_line_again`
+        kept = tuple(word for word in self.words if word not in ("--resume", "--overwrite"))
+        return DelayedSubmission(replace(self, words=(*kept, "--resume")))
 
 
 def asked(text: str) -> dict[str, int | str]:

@@ -68,7 +68,7 @@ def run(
     folder = flags.out or Path("results") / experiment / flags.run_name
     for name in flags.logger:
         plugins.resolve(name, "loggers")
-    if group.first(lambda: put_in_line_again(folder)):
+    if group.first(lambda: put_in_line_again(folder, config)):
         flags = replace(flags, resume=True, overwrite=False)
     if group.first(lambda: refuse(folder, config, flags.resume, flags.overwrite)):
         log.info("%s is finished already", folder)
@@ -251,7 +251,8 @@ def _train(job: Job) -> Outcome:
                     save()
                     bar.close()
                     log.info("stopped after iteration %d; the same command with --resume goes on", record.iteration)
-                    sys.exit(128 + (stopped or [signal.SIGTERM])[0])
+                    number = (stopped or [signal.SIGTERM])[0]
+                    sys.exit(128 + number if number in (signal.SIGINT, signal.SIGTERM) else 0)
         except (NotFinite, NoMemory, processes.Lost) as error:
             # What stopped all of them alike is saved by the first. Where that one stands alone, it still saves what it has all
             # of; else parts of the optimiser are out of reach, and the newest checkpoint must do. So it must within a

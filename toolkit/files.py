@@ -1,6 +1,7 @@
 """Files that are whole or not there, folders that one process writes into."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,9 +24,10 @@ def replace(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path, wait: float = 0.0) -> Iterator[None]:
     """As the only process that is in this folder, which the system lets go of when the process ends, however it ends. Raises
-    UserError where another is in it. Where there are no such locks (Windows, some shared disks) all are let in."""
+    UserError where another is in it; with `wait` one waits for it that many seconds, for what is done in a moment, and goes in
+    all the same. Where there are no such locks (Windows, some shared disks) all are let in."""
     try:
         import fcntl
 
@@ -33,13 +35,22 @@ def alone_in(folder: Path) -> Iterator[None]:
     except (ImportError, OSError):
         yield
         return
-    try:
-        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(place)
-        raise UserError(f"another process is at work in {folder}; wait until it has ended, or choose another --out") from None
-    except OSError:
-        pass
+    began = time.monotonic()
+    while True:
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                os.close(place)
+                raise UserError(
+                    f"another process is at work in {folder}; wait until it has ended, or choose another --out"
+                ) from None
+            if time.monotonic() - began < wait:
+                time.sleep(0.02)
+                continue
+        except OSError:
+            pass
+        break
     try:
         yield
     finally:

@@ -5,15 +5,16 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from toolkit.errors import UserError
 from toolkit.files import alone_in
-from toolkit.runs.folder import LATER, NOT_HASHED, Run, write_json
+from toolkit.runs.folder import LATER, NOT_HASHED, Run, config_hash, write_json
 
 log = logging.getLogger("toolkit")
+WAIT = 30.0  # seconds for others who decide about their places beside this one, each in a moment
 
 
 def refuse(path: Path, config: dict[str, Any], resume: bool, overwrite: bool) -> bool:
@@ -23,10 +24,23 @@ def refuse(path: Path, config: dict[str, Any], resume: bool, overwrite: bool) ->
     for, or neither for a folder that exists; when that is no run folder, when another process is at work in it, when it was
     made with another configuration, or is to be replaced and is the working directory.
     """
+    with _deciding(path):
+        return _refuse(path, config, resume, overwrite)
+
+
+@contextmanager
+def _deciding(path: Path) -> Iterator[None]:
+    """As the only process that decides what becomes of this place. The lock is on the folder around it, since that of the place
+    itself moves away with it."""
+    with alone_in(path.resolve().parent, wait=WAIT):
+        yield
+
+
+def _refuse(path: Path, config: dict[str, Any], resume: bool, overwrite: bool) -> bool:
     if resume and overwrite:
         raise UserError("--resume goes on with the run that is there, --overwrite replaces it; give one of them")
     with alone_in(path):
-        settle(path)
+        _settle(path)
     if not _holds_something(path):
         return False
     if not (path / "config.json").exists():
@@ -42,20 +56,24 @@ def refuse(path: Path, config: dict[str, Any], resume: bool, overwrite: bool) ->
     return resume and (path / "summary.json").exists()
 
 
-def slurm_job() -> dict[str, str]:
-    """The number of the Slurm job that this process is of, where it is of one: a part of its run's configuration."""
+def slurm_job() -> dict[str, Any]:
+    """The Slurm job that this process is of, where it is of one: its number, and how often it was put in line again. A part of
+    its run's configuration."""
     job = os.environ.get("SLURM_JOB_ID")
-    return {"job": job} if job else {}
+    return {"job": [job, int(os.environ.get("SLURM_RESTART_COUNT", "0"))]} if job else {}
 
 
-def put_in_line_again(path: Path) -> bool:
-    """Whether this Slurm job has begun the run at `path` before, then was put in line again, and now has to go on with what it
-    saved, whatever its command says. Where it had saved nothing, what it was to replace is there again."""
-    if os.environ.get("SLURM_RESTART_COUNT", "0") == "0" or not path.is_dir():
+def put_in_line_again(path: Path, config: dict[str, Any]) -> bool:
+    """Whether this Slurm job has begun the run at `path` by the same flags before it was put in line again, and now has to go
+    on with what it saved, whether it is told to or not. Where it had saved nothing, what it was to replace is there again."""
+    number, restarts = config.get("job") or (None, 0)
+    if not restarts or not path.is_dir():
         return False
-    with alone_in(path):
-        settle(path)
-    return (path / "config.json").exists() and bool(job := slurm_job()) and Run(path).config.get("job") == job["job"]
+    with _deciding(path), alone_in(path):
+        _settle(path)
+    old = Run(path).config if (path / "config.json").exists() else {}
+    before, count = old.get("job") or (None, 0)
+    return before == number and count < restarts and config_hash(old) == config_hash(config)
 
 
 def prepare(path: Path, config: dict[str, Any], resume: bool, overwrite: bool) -> Run:
@@ -63,15 +81,21 @@ def prepare(path: Path, config: dict[str, Any], resume: bool, overwrite: bool) -
 
     Raises UserError as `refuse`.
     """
-    refuse(path, config, resume, overwrite)
+    path.resolve().parent.mkdir(parents=True, exist_ok=True)
+    with _deciding(path):
+        return _prepare(path, config, resume, overwrite)
+
+
+def _prepare(path: Path, config: dict[str, Any], resume: bool, overwrite: bool) -> Run:
+    _refuse(path, config, resume, overwrite)
     place = path.resolve()
     if _holds_something(path) and not resume:
         place.rename(_aside(path))
     try:
-        place.mkdir(parents=True, exist_ok=True)
+        place.mkdir(exist_ok=True)
         write_json(path / "config.json", config)
     except BaseException:
-        settle(path)
+        _settle(path)
         raise
     return Run(path)
 
@@ -79,9 +103,11 @@ def prepare(path: Path, config: dict[str, Any], resume: bool, overwrite: bool) -
 @contextmanager
 def entered(path: Path, config: dict[str, Any], resume: bool, overwrite: bool) -> Iterator[Run]:
     """`prepare`, and the folder for this process alone while it fills it. Where that ends badly, the folder is settled."""
-    run = prepare(path, config, resume, overwrite)
-    with alone_in(path):
-        check_same(Run(path).config, config, path)  # a process that began at the same time may have come between
+    path.resolve().parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        with _deciding(path):
+            run = _prepare(path, config, resume, overwrite)
+            held.enter_context(alone_in(path))
         try:
             yield run
         finally:
@@ -95,6 +121,12 @@ def _holds_something(path: Path) -> bool:
 def settle(path: Path) -> None:
     """What a run folder replaced, if anything, is removed once the folder holds a checkpoint or a result of its own, and is
     there again where the new run came to nothing, be it killed before it saved anything."""
+    if _aside(path).exists():
+        with _deciding(path):
+            _settle(path)
+
+
+def _settle(path: Path) -> None:
     if not (aside := _aside(path)).exists():
         return
     if (path / "summary.json").exists() or any((path / "checkpoints").glob("step-*/manifest.json")):
