@@ -754,7 +754,7 @@ def test_the_loss_of_every_step_is_judged_with_the_batch_norm_of_its_point() -> 
 
 def test_batch_norm_per_step_needs_calibration_and_has_the_statistics_of_each_point() -> None:
     learner = trained("maml_plus_plus", normed())
-    with pytest.raises(UserError, match="has no statistics yet; evaluate with meta = calibrate"):
+    with pytest.raises(UserError, match="has no statistics yet; evaluate with calibrate"):
         evaluate(learner, learner.init(), Blobs(), 2, 3)
     check_statistics(learner)
 

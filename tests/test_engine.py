@@ -342,7 +342,7 @@ def test_the_running_policy_needs_running_statistics(caplog: pytest.LogCaptureFi
         algorithms.maml(model)
         assert not caplog.records
         algorithms.maml(model, batch_norm="running")
-        assert "batch norm has never been trained in 1" in caplog.text
+        assert "normalisation has never been trained in 1" in caplog.text
         replace(algorithms.maml(model, batch_norm="running"), steps=2)
         assert len(caplog.records) == 1, "once for a model, however many learners are made of it"
         caplog.clear()

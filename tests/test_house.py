@@ -13,7 +13,7 @@ LAYERS = [
     ["files"],
     ["plugins", "intervals", "arguments", "cluster"],
     ["task", "tree", "energy"],
-    ["metrics", "kernels", "curve", "modules", "outer", "allocator", "processes"],
+    ["metrics", "kernels", "curve", "modules", "outer", "allocator", "randomness", "processes"],
     ["norms", "distributed"],
     ["data", "rules"],
     ["models"],

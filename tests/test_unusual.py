@@ -1,11 +1,13 @@
 """Models, weights and tasks that are legitimate and unusual, each of which was once got wrong without a word."""
 
+import random
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,8 @@ from torch import Tensor, nn
 
 from tests.conftest import dense, finite_differences, mean_objective, named, relative, stirred, task_batch
 from toolkit import Batch, Learner, Meta, Plan, Task, UserError, algorithms, evaluate, train
-from toolkit.adapted import adapt, load, names, save
+from toolkit.adapted import adapt, load, merged, names, save
+from toolkit.choose import candidates
 from toolkit.distributed import ALONE
 from toolkit.engine import gradient_function
 from toolkit.intervals import paired
@@ -23,6 +26,7 @@ from toolkit.models.adapters import fold
 from toolkit.models.surgery import lora
 from toolkit.order import with_order
 from toolkit.prefix import Shortened, shortened
+from toolkit.randomness import states
 from toolkit.rules import SGD, Groups, Proximal
 from toolkit.sharded import restored
 from toolkit.task import take
@@ -366,3 +370,181 @@ def test_a_resumed_optimiser_lies_in_memory_as_its_weights_do() -> None:
     found = restored(ALONE, state, [leaf])["state"][0]
     assert found["exp_avg"].stride() == leaf.stride() and torch.equal(found["exp_avg"], moment)
     assert found["step"] is state["state"][0]["step"]  # type: ignore[index]
+
+
+class SometimesDeeper(nn.Module):
+    """Stochastic depth, by random numbers of Python, numpy, or a generator of its own."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.source, self.generator = source, torch.Generator()
+        self.a, self.b, self.head = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def drawn(self) -> float:
+        if self.source == "the model":
+            return float(torch.rand((), generator=self.generator))
+        return random.random() if self.source == "Python" else float(np.random.rand())
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).tanh()
+        return self.head(h + self.b(h).tanh() if self.drawn() > 0.5 else h)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("source", ["Python", "numpy", "the model"])
+def test_random_numbers_that_are_not_torchs_are_noticed(source: str) -> None:
+    torch.manual_seed(0)
+    learner, tasks = algorithms.maml(SometimesDeeper(source).double(), inner_steps=2), task_batch()
+    assert learner.rehearse(take(tasks, 0)) and not algorithms.maml(dense()).rehearse(take(tasks, 0))
+    for plan in (Plan("threads"), Plan("vmap", memory="recompute"), Plan("loop", trace=True)):
+        with pytest.raises(UserError, match="draws random numbers"):
+            gradient(learner, plan, learner.init(), tasks)
+    assert not any(plan.records for plan in candidates(learner, tasks))
+
+
+@pytest.mark.parametrize("source", ["Python", "numpy"])
+def test_random_numbers_that_are_not_torchs_are_the_same_in_each_training(source: str) -> None:
+    torch.manual_seed(0)
+    model, before, found = SometimesDeeper(source).double(), states(), []
+    for _ in range(2):
+        learner = algorithms.maml(model, inner_steps=1)
+        records = train(learner, lambda generator: take(task_batch(), 0), iterations=6, tasks=2, meta_lr=0.1, plan=Plan("loop"))
+        found.append([record.loss for record in records])
+        assert states() == before
+        random.random(), np.random.rand()
+        before = states()
+    assert found[0] == found[1]
+
+
+class Wondering(nn.Module):
+    """Dropout that stays on in evaluation, as for estimates of uncertainty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.dropout(self.body(x).tanh(), 0.5, training=True))  # type: ignore[no-any-return]
+
+
+def test_evaluation_by_random_numbers_is_the_same_each_time_and_leaves_no_trace() -> None:
+    torch.manual_seed(0)
+    learner = algorithms.maml(Wondering().double(), inner_steps=1)
+
+    def judged(seed: int = 0, **asked: Any) -> Tensor:
+        def sampler(generator: torch.Generator) -> Task:
+            return take(task_batch(), 0)
+
+        return evaluate(learner, learner.init(), sampler, tasks=70, steps=2, seed=seed, **asked).loss
+
+    before = states()
+    first = judged()
+    assert states() == before
+    torch.manual_seed(5)
+    assert torch.equal(judged(trace=True), first) and not torch.equal(judged(seed=1), first)
+    assert len(first[:, 2].unique()) == 70, "other numbers in each task"
+    with pytest.raises(UserError, match="draws random numbers"):
+        judged(plan=Plan("loop", trace=True))
+
+
+def images() -> Task:
+    g = torch.Generator().manual_seed(3)
+    x, y = torch.rand(2, 4, 3, 6, 6, generator=g, dtype=torch.float64), torch.tensor([[0, 1, 0, 1]] * 2)
+    return Task(Batch(x, y), Batch(x.flip(1), y.flip(1)))
+
+
+@pytest.mark.parametrize("policy", ["batch", "running"])
+def test_instance_norm_that_keeps_statistics_is_the_same_in_evaluation_and_merged(policy: str) -> None:
+    """Nobody updates its statistics; before, training used those of the input, and evaluation the zeros and ones it had."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, affine=True, track_running_stats=True), nn.ReLU())
+    model = nn.Sequential(body, nn.Flatten(), nn.Linear(64, 2)).double()
+    learner, task = algorithms.maml(model, head="2", inner_steps=1, batch_norm=policy), take(images(), 0)
+    meta = learner.init()
+    for fast in learner.path(meta, task.support):
+        found = [replace(learner, training=on).predict(meta, fast, task.query.x) for on in (True, False)]
+        assert torch.equal(*found)
+    assert relative(merged(learner, meta, fast)(task.query.x), found[0]) < 1e-12
+    plain = replace(learner, model=nn.Sequential(*model.eval())).predict(meta, fast, task.query.x)
+    assert torch.equal(plain, found[0])
+    seen = F.instance_norm(x := model[0][0](task.query.x))
+    expected = seen if policy == "batch" else x / (1 + model[0][1].eps) ** 0.5
+    start = learner.predict(meta, {}, task.query.x)
+    assert relative(start, model[2](expected.relu().flatten(1))) < 1e-12
+
+
+def test_changes_of_buffers_that_are_dropped_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4))
+    learner = algorithms.maml(nn.Sequential(layer, nn.Tanh(), nn.Linear(4, 2)).double(), head="2", inner_steps=1)
+    learner.rehearse(take(task_batch(), 0))
+    told = (
+        "the model changes 0.parametrizations.weight.0._u, 0.parametrizations.weight.0._v when it is called; such changes are"
+    )
+    assert caplog.text.count(told) == 1
+    caplog.clear()
+    normed = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 2)).double()
+    algorithms.maml(normed, head="3", inner_steps=1).rehearse(take(images(), 0))
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("prediction", "y", "said"),
+    [
+        ((4, 1), (4,), "one output tells no classes apart"),
+        ((4, 1), (4, 1), r"predictions of shape \(4, 1\) do not fit classes of shape \(4, 1\)"),
+        ((4,), (4,), r"predictions of shape \(4,\) do not fit"),
+        ((4, 4), (4, 4), "do not fit"),
+        ((5, 3), (4,), "do not fit"),
+        ((2, 5, 3), (2, 5), "do not fit"),
+    ],
+)
+@pytest.mark.parametrize("judge", [accuracy, cross_entropy])
+def test_classes_that_do_not_fit_the_predictions_are_refused(
+    judge: Callable[[Tensor, Tensor], Tensor], prediction: tuple[int, ...], y: tuple[int, ...], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        judge(torch.randn(prediction), torch.zeros(y, dtype=torch.int64))
+
+
+def test_classes_of_pixels_are_judged_as_torch_does() -> None:
+    torch.manual_seed(0)
+    prediction, y = torch.randn(2, 3, 3, 3), torch.randint(3, (2, 3, 3))
+    assert accuracy(prediction, y) == (prediction.argmax(1) == y).float().mean()
+    torch.testing.assert_close(cross_entropy(prediction, y), F.cross_entropy(prediction, y))
+    learner = algorithms.maml(nn.Sequential(nn.Conv2d(3, 3, 1)), head="0", inner_steps=1)
+
+    def sampler(generator: torch.Generator) -> Task:
+        x = torch.rand(2, 3, 4, 4, generator=generator)
+        return Task(Batch(x, x.argmax(1)), Batch(x.flip(0), x.flip(0).argmax(1)))
+
+    curve = evaluate(learner, learner.init(), sampler, tasks=3, steps=1)
+    assert curve.metric.shape == (3, 2) and curve.card == {}
+
+
+def test_a_closure_that_changes_after_the_recording_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr("toolkit.recorded.CHECKED", [4])
+    temperature, tasks = [1.0], task_batch()
+    learner = algorithms.maml(dense().double(), inner_steps=1, loss=lambda p, y: cross_entropy(p / temperature[0], y))
+    for changes in (False, True):
+        compute = gradient_function.__wrapped__(learner, Plan("vmap", trace=True))
+        for _ in range(3):
+            compute(learner.init(), tasks)
+        temperature[0] += changes
+        if changes:
+            with pytest.raises(UserError, match="the recorded operations are no longer those of the model, loss and rule: its"):
+                compute(learner.init(), tasks)
+        else:
+            compute(learner.init(), tasks)
+        compute(learner.init(), tasks)
+
+
+def test_a_recording_knows_the_precision_around_it() -> None:
+    learner, tasks = algorithms.maml(dense().float(), inner_steps=1), task_batch()
+    tasks = Task(*(batch._replace(x=batch.x.float()) for batch in tasks))
+    compute = gradient_function.__wrapped__(learner, Plan("vmap", trace=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        _, low = compute(learner.init(), tasks)
+    _, high = compute(learner.init(), tasks)
+    _, plain = gradient_function.__wrapped__(learner, Plan("vmap"))(learner.init(), tasks)
+    assert high.loss == plain.loss != low.loss

@@ -30,7 +30,7 @@ from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta
 from toolkit.models.adapters import fold
 from toolkit.modules import listed
-from toolkit.norms import TRANSDUCTIVE, batch_norms
+from toolkit.norms import TRANSDUCTIVE, batch_norms, tracked_instance_norms
 from toolkit.task import Batch, Input
 from toolkit.tree import Params, under
 
@@ -217,6 +217,9 @@ def merged(learner: Learner, meta: Meta, fast: Params, support: Input | None = N
             for key in ("running_mean", "running_var"):
                 if policy in TRANSDUCTIVE or stats:  # without any, torch takes those of the batch
                     setattr(result.get_submodule(name), key, stats.get(f"{name}.{key}".lstrip(".")))
+    for norm in tracked_instance_norms(result).values() if policy != "running" else ():
+        for key in ("running_mean", "running_var", "track_running_stats"):  # by which the learner does not normalise
+            setattr(norm, key, None)
     return fold(result) if plain else result
 
 

@@ -24,6 +24,7 @@ from toolkit.learner import Learner, Meta, Score, support_loss
 from toolkit.modules import without_head
 from toolkit.objectives import last_step
 from toolkit.plan import Plan
+from toolkit.randomness import kept
 from toolkit.rules import SGD
 from toolkit.starts import inherited
 from toolkit.task import Input, Padded, Task, count, take
@@ -162,7 +163,7 @@ def _look(learner: Learner, rule: SGD, model: nn.Module, task: Task) -> None:
     """Raises UserError where only a forward pass shows that learn2learn would be wrong: a head that is not the model's end, or
     learned rates of parameters that the model does not use."""
     outputs: list[Any] = []
-    with torch.random.fork_rng():
+    with kept():
         if not _adapts_all(learner):
             head = model.get_submodule(learner.head)
             with head.register_forward_hook(lambda module, inputs, output: outputs.append(output)):

@@ -4,6 +4,7 @@ import hashlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, lru_cache, partial
 
@@ -12,14 +13,15 @@ from torch import Tensor
 
 from toolkit.curve import Curve, Spread
 from toolkit.distributed import ALONE, Group
-from toolkit.engine import Runner, exact_layers, lift_for, precision, runner
+from toolkit.engine import Runner, exact_layers, lift_for, precision, refuse_random, runner
 from toolkit.errors import UserError
 from toolkit.learner import Learner, Loss, Meta
 from toolkit.metrics import MEASURES, is_of_ways, of_ways, within
 from toolkit.plan import Plan, default_plan
 from toolkit.prefix import features, in_double, shortened, with_features
+from toolkit.randomness import kept
 from toolkit.recorded import Recorder
-from toolkit.task import Task, TaskSampler, draw, fingerprint, move, take
+from toolkit.task import Task, TaskSampler, draw, fingerprint, move, stream_seed, take
 from toolkit.tree import Params, tree_map
 
 DRAWN_AT_ONCE = 64
@@ -42,13 +44,14 @@ def evaluate(
 ) -> Curve:
     """The adaptation curve over tasks 0 .. `tasks` - 1 of the stream (`seed`, `split`), the same for every method.
 
-    Nothing is learned and nothing is kept: no graph, no change to the model, to `meta` or to any global random state; memory
-    does not grow with `tasks`. With `permutations` P > 1 a task's prediction is the mean probability of P
-    adaptations, each with the class labels in another order (Ye & Chao 2022); classification only. `progress` is
-    called with the number of tasks that were just finished, after each piece of the plan, in a group after each block. `trace`
-    records the work where no plan is given, which pays from about a hundred tasks of images on. `measures` are more functions
-    like a metric, of any shape, whose means over tasks become `Curve.card`: by default `metrics.MEASURES` for integer targets,
-    none for others. A `group` of processes shares the tasks, and each gets the whole curve.
+    Nothing is learned and nothing is kept: no graph, no change to the model, to `meta` or to any global random state, and what
+    is random in the model is so by the same numbers each time; memory does not grow with `tasks`. With `permutations` P > 1 a
+    task's prediction is the mean probability of P adaptations, each with the class labels in another order (Ye & Chao 2022);
+    classification only. `progress` is called with the number of tasks that were just finished, after each piece of the plan, in
+    a group after each block. `trace` records the work where no plan is given, which pays from about a hundred tasks of images
+    on. `measures` are more functions like a metric, of any shape, whose means over tasks become `Curve.card`: by default
+    `metrics.MEASURES` for integer targets, none for others. A `group` of processes shares the tasks, and each gets the whole
+    curve.
     """
     if tasks < 1 or steps < 0 or permutations < 1:
         raise UserError(
@@ -74,9 +77,13 @@ def evaluate(
             fingerprint(drawn, digest)
             if group.rank == i:
                 drawn = move(drawn, device)
-                plan = plan or replace(default_plan(_judged(learner), drawn), trace=trace)
+                with exact_layers(learner):
+                    random = _judged(learner).rehearse(take(drawn, 0))
+                plan = plan or replace(default_plan(_judged(learner), drawn), trace=trace and not random)
+                refuse_random(_judged(learner), plan, drawn)
                 more = measures_of(learner, drawn) if measures is None else tuple(measures.items())
-                pieces, seconds = judge(learner, plan, steps, permutations, more)(meta, drawn, told)
+                with kept(stream_seed(seed, f"dropout {split}", block.start)) if random else nullcontext():
+                    pieces, seconds = judge(learner, plan, steps, permutations, more)(meta, drawn, told)
                 found = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
                 spent.append(seconds / len(block))
         for block, results in zip(blocks[mine:], group.gathered(found), strict=False):
@@ -95,7 +102,7 @@ def evaluate(
 
 def measures_of(learner: Learner, tasks: Task) -> tuple[tuple[str, Loss], ...]:
     """What is measured by default beside the loss and the metric of such tasks."""
-    if tasks.query.y.is_floating_point():
+    if tasks.query.y.is_floating_point() or tasks.query.y.dim() != 2:
         return ()
     return tuple((name, _fewer(function) if is_of_ways(learner.loss) else function) for name, function in MEASURES.items())
 

@@ -16,6 +16,7 @@ from toolkit.engine import exact_layers
 from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta, support_loss
 from toolkit.plan import default_plan
+from toolkit.randomness import kept
 from toolkit.task import Task, stack
 from toolkit.tree import Params
 
@@ -71,7 +72,7 @@ def landscape(learner: Learner, meta: Meta, task: Task, steps: int, grid: int = 
     if steps < 1 or grid < 2 or not margin > 0:
         raise UserError(f"{steps} steps, grid {grid}, margin {margin}; give 1 step or more, a grid of 2, a positive margin")
     learner = replace(learner, training=False)
-    with exact_layers(learner), torch.random.fork_rng():
+    with exact_layers(learner), kept():
         path = list(learner.path(meta, task.support, steps))
         plane, points, explained = spanned(learner, meta, task, path)
         low, high = points.amin(0), points.amax(0)

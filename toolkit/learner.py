@@ -18,9 +18,10 @@ from torch.utils import _pytree as pytree
 from toolkit.errors import UserError
 from toolkit.metrics import accuracy
 from toolkit.modules import copy_modules, places, select, without_head
-from toolkit.norms import Norms, batch_norms, check_policy
+from toolkit.norms import Norms, batch_norms, check_policy, tell_dropped
 from toolkit.outer import PLAIN, Outer
-from toolkit.task import Batch, Input, Padded, Task, minibatch, random_states
+from toolkit.randomness import kept, states
+from toolkit.task import Batch, Input, Padded, Task, minibatch
 from toolkit.tree import Params, Selection, detach, under
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Score(NamedTuple):
 
 
 class Observed(NamedTuple):
-    """What a forward pass of a model was seen to do: draw random numbers, normalise by batches, attend by torch's function."""
+    """What a forward pass was seen to do: draw random numbers, normalise by batches, attend by torch's function."""
 
     random: bool
     batch_norm: bool
@@ -222,9 +223,7 @@ class Learner:
 
     def _statistics(self, meta: Meta, k: int) -> Params:
         if not meta.stats and batch_norms(self.model):
-            raise UserError(
-                "batch norm 'per_step' has no statistics yet; evaluate with meta = calibrate(learner, meta, sampler)"
-            )
+            raise UserError("batch norm 'per_step' has no statistics yet; evaluate with calibrate(learner, meta, sampler)")
         return under(f"point{k}/", meta.stats)
 
     def _norm_params(self) -> list[str]:
@@ -233,10 +232,10 @@ class Learner:
     @torch.no_grad()
     def observe(self, x: Input) -> "Observed":
         """What one forward pass shows."""
-        with torch.random.fork_rng():
-            before, meta = random_states(), self.init()
+        with kept():
+            before, meta = states(self.model), self.init()
             _, norms, _ = self._run(self.model, meta, {}, x, None, 0)
-            return Observed(random_states() != before, bool(norms.seen), norms.attention)
+            return Observed(states(self.model) != before, bool(norms.seen), norms.attention)
 
     @property
     def metric_name(self) -> str:
@@ -254,13 +253,14 @@ class Learner:
         if "random" in self.seen:
             return bool(self.seen["random"])
         try:
-            with torch.no_grad(), torch.random.fork_rng():
-                before, meta = random_states(), self.init()
+            with torch.no_grad(), kept():
+                before, meta = states(self.model), self.init()
                 *_, fast = self.path(meta, task.support, min(self.steps, 1))
                 seen = None if self.batch_norm == "per_step" else task.support.x  # whose statistics may be still to come
                 prediction = self.predict(meta, fast, task.query.x, seen)
+                tell_dropped(self._run(self.model, meta, {}, task.support.x, None, 0)[2])
                 _ = self.loss(prediction, task.query.y), self.metric(prediction, task.query.y)
-                return bool(self.seen.setdefault("random", random_states() != before))
+                return bool(self.seen.setdefault("random", states(self.model) != before))
         except UserError:
             raise
         except Exception as error:  # whatever the model of a user raises

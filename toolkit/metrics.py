@@ -13,19 +13,21 @@ from toolkit.errors import UserError
 
 
 def accuracy(prediction: Tensor, y: Tensor) -> Tensor:
-    """The fraction of right classes; `prediction` has shape (examples, classes), `y` (examples,)."""
+    """The fraction of right classes; `prediction` has shape (examples, classes, ...), `y` (examples, ...)."""
     if y.is_floating_point():
         raise UserError(
             "accuracy needs integer classes, but y holds floats; for regression pass loss=squared_error, metric=squared_error"
         )
+    _check_classes(prediction, y)
     # Counted in float32 at least: bfloat16 knows no number between 256 and 258.
-    right = (prediction.argmax(-1) == y).to(torch.promote_types(prediction.dtype, torch.float32))
+    right = (prediction.argmax(1) == y).to(torch.promote_types(prediction.dtype, torch.float32))
     return right.sum() / (y >= 0).sum().clamp(min=1)
 
 
 def cross_entropy(prediction: Tensor, y: Tensor) -> Tensor:
-    """The mean cross entropy of logits (examples, classes) against classes (examples,); 0 where no example has a label, as may
-    be in a minibatch of a semi-supervised support set. Floats as targets are probabilities of classes, (examples, classes)."""
+    """The mean cross entropy of logits (examples, classes, ...) against classes (examples, ...); 0 where no example has a
+    label, as may be in a minibatch of a semi-supervised support set. Floats as targets are probabilities of classes,
+    (examples, classes)."""
     if y.is_floating_point():
         if prediction.shape != y.shape or y.shape[-1] < 2:
             raise UserError(
@@ -33,7 +35,19 @@ def cross_entropy(prediction: Tensor, y: Tensor) -> Tensor:
                 "regression pass loss=squared_error, metric=squared_error"
             )
         return torch.nn.functional.cross_entropy(prediction, y)
+    _check_classes(prediction, y)
     return torch.nn.functional.cross_entropy(prediction, y, reduction="sum") / (y >= 0).sum().clamp(min=1)
+
+
+def _check_classes(prediction: Tensor, y: Tensor) -> None:
+    # Else argmax finds class 0 alone, or what it finds is compared with each label of all.
+    if prediction.dim() < 2 or prediction.shape[:1] + prediction.shape[2:] != y.shape:
+        raise UserError(
+            f"predictions of shape {tuple(prediction.shape)} do not fit classes of shape {tuple(y.shape)}; make them "
+            "(examples, classes) and (examples,), or give a loss and a metric of your own"
+        )
+    if prediction.shape[1] < 2:
+        raise UserError("one output tells no classes apart; give the model one for each, or give a loss and metric of your own")
 
 
 def squared_error(prediction: Tensor, y: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ Batch-norm policies:
     "batch"    every forward pass normalises by the statistics of its own batch, the query batch too. This is what Finn et
                al. 2017 did; it is transductive: the prediction for one query depends on the other queries.
     "support"  query predictions use the statistics of the task's support set under the same weights; not transductive.
-    "running"  the module's stored running statistics, never updated; not transductive.
+    "running"  the module's stored running statistics, never updated; not transductive. Instance norm uses its own, if it
+               keeps some, under this policy only: else it normalises each example by itself, in training and after.
     "per_step" every point k of the path has its own scale and shift, which the outer loop learns and the inner loop leaves
                alone, and its own statistics (Antoniou et al. 2019, section 4: "BNRS + BNWB"). A support set is normalised by
                itself, and so is a query set in training; in evaluation a query set is normalised by the statistics of point
@@ -22,13 +23,14 @@ which has none under `vmap`.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -65,6 +67,10 @@ class Norms(TorchFunctionMode):
             return self._batch_norm(*args, **(kwargs or {}))
         if func is torch.batch_norm:
             return self._batch_norm(*_in_order(*args, **(kwargs or {})))
+        if func is F.instance_norm:
+            return self._instance_norm(*args, **(kwargs or {}))
+        if func is torch.instance_norm:
+            return self._instance_norm(*_in_order(*args, **(kwargs or {})))
         if func is torch.conv2d and _is_plain(*args, **(kwargs or {})):
             return kernels.conv2d(*args, **(kwargs or {}))
         return _REPLACED.get(func, func)(*args, **(kwargs or {}))
@@ -100,6 +106,24 @@ class Norms(TorchFunctionMode):
         self.seen.append((running_mean, mean, variance))
         return _affine(input, mean, variance, eps, weight, bias, shape)
 
+    def _instance_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None = None,
+        running_var: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        use_input_stats: bool = True,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        shape = [1, -1] + [1] * (input.dim() - 2)
+        if self.policy == "running" and running_mean is not None and running_var is not None:
+            mean, variance = running_mean.view(shape), running_var.view(shape)
+        else:
+            variance, mean = _statistics(input, list(range(2, input.dim())))
+        return _affine(input, mean, variance, eps, weight, bias, shape)
+
 
 def _layer_norm(
     input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
@@ -107,23 +131,6 @@ def _layer_norm(
     axes = list(range(-len(normalized_shape), 0))
     variance, mean = _statistics(input, axes)
     return _affine(input, mean, variance, eps, weight, bias, list(normalized_shape))
-
-
-def _instance_norm(
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    shape = [1, -1] + [1] * (input.dim() - 2)
-    if running_mean is not None and running_var is not None and not use_input_stats:
-        return _affine(input, running_mean.view(shape), running_var.view(shape), eps, weight, bias, shape)
-    variance, mean = _statistics(input, list(range(2, input.dim())))
-    return _affine(input, mean, variance, eps, weight, bias, shape)
 
 
 def _group_norm(
@@ -185,7 +192,6 @@ def _adaptive_average(input: Tensor, output_size: Any) -> Tensor:
 
 _REPLACED: dict[Any, Callable[..., Any]] = {
     F.layer_norm: _layer_norm,
-    F.instance_norm: _instance_norm,
     torch.layer_norm: lambda input, shape, weight=None, bias=None, eps=1e-5, *rest: _layer_norm(
         input, shape, weight, bias, eps
     ),
@@ -193,7 +199,6 @@ _REPLACED: dict[Any, Callable[..., Any]] = {
     torch.group_norm: lambda input, groups, weight=None, bias=None, eps=1e-5, *rest: _group_norm(
         input, groups, weight, bias, eps
     ),
-    torch.instance_norm: lambda *args, **kwargs: _instance_norm(*_in_order(*args, **kwargs)),
     F.embedding: _embedding,
     F.adaptive_avg_pool2d: _adaptive_average,
     F.hardsigmoid: lambda x, inplace=False: (x / 6 + 0.5).clamp(0, 1),  # torch's own has no second derivative
@@ -233,20 +238,37 @@ def check_policy(model: nn.Module, policy: str) -> None:
     """Raises UserError for an unknown policy, and when it needs running statistics that a module does not keep."""
     if policy not in POLICIES:
         raise unknown("batch-norm policy", policy, POLICIES)
-    norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
-    if policy not in ("running", "per_step") or not norms:
+    if policy not in ("running", "per_step"):
         return
-    for name, module in norms.items():
-        if module.running_mean is None:
+    for name in batch_norms(model):
+        if model.get_submodule(name).running_mean is None:
             raise UserError(f"batch norm {name!r} keeps no running statistics; use the policy 'batch' or 'support'")
     if policy == "per_step":
         return
-    new = {name: module.running_mean for name, module in norms.items() if module.num_batches_tracked == 0}
+    tracked = (*((name, model.get_submodule(name)) for name in batch_norms(model)), *tracked_instance_norms(model).items())
+    new: dict[str, Any] = {name: module.running_mean for name, module in tracked if module.num_batches_tracked == 0}
     if not all(mean in _warned for mean in new.values()):
         _warned.update(dict.fromkeys(new.values(), True))
         log.warning(
-            "batch norm has never been trained in %s: a running mean is 0 and a variance 1, and will stay so", listed(new)
+            "normalisation has never been trained in %s: a running mean is 0 and a variance 1, and will stay so", listed(new)
         )
+
+
+def tell_dropped(buffers: Mapping[str, Tensor]) -> None:
+    """Warns of what a model changed in fresh copies of its buffers, which nobody will see: such as the vectors of a spectral
+    norm. The counts of batch norm are not used."""
+    if changed := [name for name, it in buffers.items() if it._version and not name.endswith("num_batches_tracked")]:
+        log.warning(
+            "the model changes %s when it is called; such changes are dropped, so that a task leaves no trace in the next, and "
+            "what depends on them stays as it was made",
+            listed(changed),
+        )
+
+
+def tracked_instance_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """A model's instance norms that keep running statistics, by name."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, _InstanceNorm)}
+    return {name: module for name, module in found.items() if module.running_mean is not None}
 
 
 def batch_norms(model: nn.Module) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from toolkit.learner import Carry, Learner, Meta
 from toolkit.modules import cut, without_head
 from toolkit.objectives import last_step
+from toolkit.randomness import kept
 from toolkit.rules import Frozen
 from toolkit.starts import inherited
 from toolkit.task import Batch, Input, Padded, Task, take
@@ -114,13 +115,12 @@ def shortened(learner: Learner, meta: Meta, one: Task, steps: int, work: Callabl
     if seen.random or (seen.batch_norm and not _steady(learner)):
         return learner
     meta = _stirred(meta)
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
 
     def off(double: bool) -> float:
         """How far apart the results of the two are, by their length; NaN where there is no result in float64."""
         found = []
         for each in (learner, own):
-            with torch.random.fork_rng(devices):
+            with kept():
                 found.append(in_double(work, each, meta, one) if double else work(each, meta, one))
         return nan if None in found else max(map(_distance, *found), default=0.0)
 

@@ -1,14 +1,12 @@
 """Tools that look at functions of tensors from outside: what they raise, whether derivatives agree with differences."""
 
 import math
-import random
 import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -16,6 +14,7 @@ from torch.utils import _pytree as pytree
 from toolkit.engine import gradient_function
 from toolkit.learner import Learner, Meta
 from toolkit.plan import Plan
+from toolkit.randomness import kept
 from toolkit.task import Task, count, take
 from toolkit.tree import Params
 
@@ -42,14 +41,9 @@ def failure(function: Callable[..., Any], *given: Any) -> str:
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Global random states, and warnings, as if nothing had happened."""
-    kept = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(range(torch.cuda.device_count())), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        random.setstate(kept[0])
-        np.random.set_state(kept[1])
+    with kept(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def tensors(tree: Any) -> list[Tensor]:

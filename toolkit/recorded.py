@@ -12,7 +12,10 @@ import re
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from toolkit.data.cache import cache_folder
+from toolkit.errors import UserError
 from toolkit.tape import NoPeeking, Tape, reads_host
 
 log = logging.getLogger("toolkit")
 PATIENCE, GLANCE = 120.0, 10.0  # seconds that the compiler gets, and between two words on it
+CHECKED = [3 * 10**n for n in range(1, 9)]  # calls of a recording at which the function runs too
 
 
 class Recorder:
@@ -34,7 +39,8 @@ class Recorder:
 
     `prepare` also compares what is `judged` of the first result with that of the function itself and, where they differ, both
     with `exact`, the same in float64 (None where there is none). What cannot be recorded or compiled, or comes out wrong, runs
-    as it is, with a warning.
+    as it is, with a warning. A function that has changed since, as by a number in a closure, is found out at some later calls,
+    fewer and fewer, and raises UserError.
     """
 
     def __init__(
@@ -42,6 +48,7 @@ class Recorder:
     ) -> None:
         self.function, self.compiled, self.exact, self.judged = function, compiled, exact, judged
         self.made: dict[Any, Recording | None] = {}
+        self.calls: dict[Any, Iterator[int]] = defaultdict(partial(count, 1))
         self.pool: Any = None
         self.turn = threading.Lock()
 
@@ -70,21 +77,32 @@ class Recorder:
             log.warning("%s failed (%s); going on without it, %s avoids the attempt", step, reason, avoid)
             return
 
+        if wrong := self._wrong(found, plain, learner, *trees):
+            log.warning("%s is refused: %s; going on without it", step, wrong)
+            return
+        self.made[key] = recording
+
+    def _wrong(self, found: Any, plain: Any, learner: Any, *trees: Any) -> str:
         def exact() -> Any:
             result = self.exact(learner, *trees)
             return None if result is None else self.judged(result)
 
-        if wrong := difference(self.judged(found), self.judged(plain), exact):
-            log.warning("%s is refused: %s; going on without it", step, wrong)
-            return
-        self.made[key] = recording
+        return difference(self.judged(found), self.judged(plain), exact)
 
     def __call__(self, learner: Any, *trees: Any) -> Any:
         if not self.made:
             return self.function(learner, *trees)
         key, leaves = layout(trees)
         recording = self.made.get(key)
-        return self.function(learner, *trees) if recording is None else recording.of_leaves(leaves)
+        if recording is None:
+            return self.function(learner, *trees)
+        found = recording.of_leaves(leaves)
+        if next(self.calls[key]) in CHECKED and (wrong := self._wrong(found, self.function(learner, *trees), learner, *trees)):
+            raise UserError(
+                f"the recorded operations are no longer those of the model, loss and rule: {wrong}; one of them depends on "
+                "what changes beside its tensors, such as a number in a closure; use --no-trace, or a plan that records nothing"
+            )
+        return found
 
 
 class Recording:
@@ -204,9 +222,12 @@ def damaged(error: BaseException) -> Path | None:
 
 def layout(tree: Any) -> tuple[Any, list[Tensor]]:
     """What a recording depends on beside values, and the leaves. The structure holds the order of names: equal shapes of others
-    would be taken for one another. Strides are built into views and results."""
+    would be taken for one another. Strides are built into views and results, and the precision that the caller asked for into
+    all of it."""
     leaves, structure = pytree.tree_flatten(tree)
-    return (structure, tuple((leaf.shape, leaf.stride(), leaf.dtype, leaf.device) for leaf in leaves)), leaves
+    kind = leaves[0].device.type
+    precision = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    return (structure, precision, tuple((leaf.shape, leaf.stride(), leaf.dtype, leaf.device) for leaf in leaves)), leaves
 
 
 def difference(found: Any, plain: Any, exact: Callable[[], Any]) -> str:

@@ -59,12 +59,6 @@ class TaskSampler(Protocol):
     def __call__(self, generator: torch.Generator) -> Task: ...
 
 
-def random_states() -> list[bytes]:
-    """The states of torch's global random generators, to be compared."""
-    states = torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())
-    return [state.numpy().tobytes() for state in states]
-
-
 def stream_seed(seed: int, split: str, index: int) -> int:
     """The 63-bit seed of task `index` of stream (`seed`, `split`): a hash, so that streams do not overlap."""
     digest = hashlib.blake2b(f"{seed}/{split}/{index}".encode(), digest_size=8).digest()

@@ -4,6 +4,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from toolkit.engine import GradientFunction, Metrics, gradient_function, refuse_
 from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta
 from toolkit.plan import Plan, default_plan, ordered, out_of_memory
+from toolkit.randomness import kept
 from toolkit.sharded import masters, publish, restored
 from toolkit.task import Task, TaskSampler, count, draw, move, stream_seed, take
 
@@ -133,9 +135,8 @@ def _records(
         whole = len(part) == tasks and i == first
         batch = sample if whole else move(draw(sampler, len(part), seed, i * tasks + part.start), device)
         share = Share(part.start, tasks, group.fold, sample if i == first else batch)
-        with torch.random.fork_rng(enabled=random):
-            if random:
-                torch.manual_seed(stream_seed(seed, f"dropout {group.rank}" if group.rank else "dropout", i))
+        noise = stream_seed(seed, f"dropout {group.rank}" if group.rank else "dropout", i)
+        with kept(noise) if random else nullcontext():
             (grads, metrics), plan = _within_memory(gradient, learner.at(i / iterations), plan, meta, batch, share)
         gradients = pytree.tree_leaves(grads)
         length = get_total_norm(gradients)

@@ -1,9 +1,7 @@
 """Augmentation as a function of the task's own generator: the same task is augmented in the same way, always."""
 
 import inspect
-import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from toolkit.errors import UserError
+from toolkit.randomness import kept
 from toolkit.samplers.mixed import together
 from toolkit.task import Batch, Input, Padded, Task, TaskSampler, stack, take
 
@@ -110,9 +109,9 @@ def crop_flip(images: Tensor, generator: torch.Generator) -> Tensor:
 def by_torchvision(transform: Callable[..., Any]) -> Transform:
     """A torchvision transform (v2, or of the first version where it takes tensors) as one of ours, called on image after image.
 
-    Its random choices, each image's own, follow the task's generator: torch's global generators (that of the images' device
-    too) and Python's `random` are seeded for it and put back afterwards; a transform of your own that uses NumPy's is not
-    covered. Results may have another shape than the images if they all have the same. Not for several threads at once.
+    Its random choices, each image's own, follow the task's generator: the global generators of torch, Python and numpy are
+    seeded for it and put back afterwards. Results may have another shape than the images if they all have the same. Not for
+    several threads at once.
 
     Raises UserError for what cannot be called, and when a task is drawn for results that are no tensors of one shape.
     """
@@ -128,7 +127,7 @@ class _ByTorchvision:
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         seed = int(torch.randint(2**62, (), generator=generator))
-        with _seeded(seed, images.device):
+        with kept(seed, devices=images.is_cuda):
             changed = [self.transform(image) for image in images]
         kinds = {tuple(c.shape) if isinstance(c, Tensor) else f"a {type(c).__name__}" for c in changed}
         if len(kinds) > 1 or not isinstance(changed[0], Tensor):
@@ -136,21 +135,6 @@ class _ByTorchvision:
             found = " and ".join(sorted(map(str, kinds)))
             raise UserError(f"the transform {name} made {found} of images; make every image a tensor of one and the same shape")
         return torch.stack([c.as_subclass(Tensor) for c in changed])
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    python, cuda = random.getstate(), device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if cuda else []):
-        torch.default_generator.manual_seed(seed)
-        if cuda:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
 
 
 def _takes_one_image(transform: object) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from toolkit.errors import UserError
+from toolkit.randomness import kept
 from toolkit.samplers.audit import BATCH, FailedError, Stream, describe
 from toolkit.samplers.contents import Seen, content, dtype, labels, look_at, sizes
 from toolkit.samplers.faults import (
@@ -13,7 +14,6 @@ from toolkit.samplers.faults import (
     deterministic,
     different,
     global_random,
-    global_state_kept,
     leakage,
     sharing,
     stable,
@@ -87,7 +87,7 @@ def check_sampler(
         raise UserError(f"the split {split!r} is given twice; leave the one that is checked out of `splits`")
     stream = Stream(sampler, seed, split)
     others = [Stream(each, seed, name) for name, each in (splits or {}).items()]
-    with global_state_kept():
+    with kept(devices=False):
         seen = look_at(stream, tasks, progress or (lambda drawn: None))
         found = tuple(_meant(sampler, finding) for finding in _once(_findings(stream, others, seen)))
     name = getattr(sampler, "__name__", type(sampler).__name__)

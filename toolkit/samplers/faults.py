@@ -1,8 +1,5 @@
 """The checks of `check_sampler` that look at how a sampler behaves, rather than at single tasks: each gives one finding."""
 
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -10,6 +7,7 @@ import torch
 from torch import Tensor
 
 from toolkit.data.bank import ClassBank
+from toolkit.randomness import seed_all, states
 from toolkit.samplers.audit import Form, Stream, fits, hashes, item_hashes, labelled, leaves, named, task_hashes
 from toolkit.task import TaskSampler, stack
 
@@ -54,7 +52,7 @@ def deterministic(stream: Stream, globally: bool) -> Finding:
 
     def alone(index: int) -> int:
         if globally:
-            _seed(index)
+            seed_all(index, devices=False)
         return _alone(stream, index)
 
     singles = {index: alone(index) for index in reversed(range(FEW))}
@@ -89,46 +87,16 @@ def global_random(stream: Stream) -> Finding:
     """Whether the global generators of torch, Python and numpy are read (tasks change with them) or moved."""
     found, moved = [], dict[str, None]()
     for seed in (1, 2, 1):
-        _seed(seed)
-        before = _states()
+        seed_all(seed, devices=False)
+        before = states()
         found.append(hashes_of(stream))
-        moved |= {name: None for name, state in _states().items() if state != before[name]}
+        moved |= {name: None for name, state in states().items() if state != before[name]}
     advice = "draw from the generator that the sampler is given"
     if moved:
         return Finding("global random", "fault", f"drawing moves the global random numbers of {' and '.join(moved)}; {advice}")
     if found[0] == found[2] != found[1]:
         return Finding("global random", "fault", f"tasks change with the global random numbers; {advice}")
     return Finding("global random", "ok", "global random numbers are neither read nor moved")
-
-
-def _seed(seed: int) -> None:
-    import numpy as np
-
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)
-
-
-def _states() -> dict[str, Any]:
-    import numpy as np
-
-    name, keys, *rest = np.random.get_state()
-    state = (name, bytes(keys), *rest)  # type: ignore[arg-type]
-    return {"torch": torch.get_rng_state().numpy().tobytes(), "Python": random.getstate(), "numpy": state}
-
-
-@contextmanager
-def global_state_kept() -> Iterator[None]:
-    """Leaves the global random numbers as they were."""
-    import numpy as np
-
-    kept = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(kept[0])
-        random.setstate(kept[1])
-        np.random.set_state(kept[2])
 
 
 def sharing(stream: Stream, steady: bool) -> Finding:

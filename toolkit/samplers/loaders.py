@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sequent
 
 from toolkit.errors import UserError
 from toolkit.metrics import cross_entropy
+from toolkit.randomness import kept
 from toolkit.task import Batch, Task, move, stream_seed, take
 from toolkit.tree import Params, detach
 
@@ -122,8 +123,7 @@ class _Source:
         return self._fetch(range(len(self.rows)), 0) if len(self.rows) <= self.keep else None
 
     def _fetch(self, places: Iterable[int], seed: int) -> Batch:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with kept(seed, devices=False):
             examples = [self.loader.dataset[self.rows[place]] for place in places]
             batch = _pair(self.loader.collate_fn(examples), self.name)
         if {len(leaf) for leaf in pytree.tree_leaves(batch)} != {len(examples)}:
@@ -188,8 +188,7 @@ def _epochs(
     optimizer, device, steps = torch.optim.Adam(trained, lr=lr), trained[0].device, max(map(len, loaders))
     for epoch in range(epochs):
         totals, counts = [0.0] * len(tasks), [0] * len(tasks)
-        with torch.random.fork_rng():
-            torch.manual_seed(stream_seed(seed, "joint", epoch))
+        with kept(stream_seed(seed, "joint", epoch)):
             for batches in zip(*(islice(chain.from_iterable(repeat(loader)), steps) for loader in loaders), strict=True):
                 losses = []
                 for i, (task, drawn) in enumerate(zip(tasks, batches, strict=True)):

@@ -6,7 +6,6 @@ Here those three are seeded from the task's generator and put back afterwards.
 
 import contextlib
 import io
-import random
 import threading
 import warnings
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from toolkit.data.bank import ClassBank
 from toolkit.errors import UserError
+from toolkit.randomness import kept, seed_all
 from toolkit.samplers.episodes import as_input
 from toolkit.task import Batch, Task, stream_seed
 
@@ -70,7 +70,7 @@ class FromTaskset:
         with seeded(fresh if number < 0 else stream_seed(self.seed, "taskset", pick % number)):
             description = self.taskset.sample_task_description()
             if number >= 0:
-                _seed(fresh)
+                seed_all(fresh, devices=False)
             made = self.taskset.get_task(description)
         if not isinstance(made, tuple | list) or len(made) != 2 or not isinstance(made[1], Tensor):
             raise UserError(
@@ -107,25 +107,8 @@ def split_by_label(x: Any, y: Tensor, shots: int) -> Task:
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """The global generators of Python, numpy and torch (CPU) seeded, and put back as they were. One thread at a time."""
-    import numpy as np
-
-    with ISOLATED:
-        before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        try:
-            _seed(seed)
-            yield
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
-            torch.set_rng_state(before[2])
-
-
-def _seed(seed: int) -> None:
-    import numpy as np
-
-    random.seed(seed)
-    np.random.seed([seed % 2**32, seed >> 32])
-    torch.default_generator.manual_seed(seed)  # and not torch.manual_seed, which reseeds other devices too
+    with ISOLATED, kept(seed, devices=False):
+        yield
 
 
 def as_metadataset(bank: ClassBank) -> Any:
