@@ -261,6 +261,21 @@ def test_a_merged_module_predicts_as_the_learner_does(policy: str, plain: bool) 
     assert all(torch.equal(t, state[name]) for name, t in learner.model.state_dict().items())
 
 
+def test_weights_of_a_model_of_another_size_are_not_merged() -> None:
+    small, large = (algorithms.maml(named(body=nn.Linear(3, h), head=nn.Linear(h, 2))) for h in (4, 6))
+    said = r"the adapted weights body.weight have the shape \(4, 3\), but \(6, 3\) in this model"
+    with pytest.raises(UserError, match=said):
+        merged(large, large.init(), small.init().params)
+    bias = algorithms.maml(named(body=nn.Linear(3, 4), head=nn.Linear(4, 2)), adapts="head.bias")
+    with pytest.raises(UserError, match=r"head.bias have the shape \(1,\), but \(2,\)"):  # which would be added to both
+        merged(bias, bias.init(), {"head.bias": torch.zeros(1)})
+
+
+def test_a_task_without_weights_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no tasks to save, or one without weights; give at least one"):
+        save(tmp_path, {"a": {"w": torch.zeros(1)}, "b": {}}, "base")
+
+
 def test_weights_that_a_layer_makes_of_others_are_merged() -> None:
     """As weight norm does; the learner's own layer stays as it is."""
     torch.manual_seed(1)

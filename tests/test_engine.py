@@ -397,6 +397,8 @@ BAD_PLANS: dict[str, tuple[dict[str, Any], str]] = {
     "memory": ({"memory": "recomputed"}, r"unknown memory of a plan 'recomputed'; did you mean 'recompute'\?"),
     "no workers": ({"map": "threads", "workers": 0}, "workers is 0; give 1 thread or more"),
     "empty pieces": ({"chunk": 0}, "chunk is 0; give 1 task or more"),
+    "pieces of half a task": ({"chunk": 2.5}, "chunk is 2.5; give 1 task or more"),
+    "half a worker": ({"map": "threads", "workers": "2"}, "workers is '2'; give 1 thread or more"),
     "loop by two": ({"map": "loop", "chunk": 2}, "takes tasks one by one, but chunk is 2"),
     "threads compiled": ({"map": "threads", "compile": True}, "a compiled plan cannot run in threads"),
 }

@@ -235,6 +235,13 @@ def poisoned(bad_task: int) -> Callable[[torch.Generator], Task]:
     return sampler
 
 
+def test_a_loss_that_is_not_finite_at_once_says_nothing_of_saving(tmp_path: Path) -> None:
+    flags = sinusoid.Config(iterations=20, tasks=4, compile=False, out=tmp_path / "run", val_tasks=3, eval_tasks=3, map="loop")
+    learner = algorithms.maml(mlp(), loss=squared_error, metric=squared_error, inner_lr=0.01)
+    with pytest.raises(UserError, match=r"iteration 1: the loss of task 1 is nan; lower .*, or look at this task's data$"):
+        run(flags, "sinusoid", learner, poisoned(1), Sinusoid(5, 5), Sinusoid(5, 5))
+
+
 def test_a_loss_that_is_not_finite_stops_with_iteration_and_task_and_keeps_what_was_good(tmp_path: Path) -> None:
     flags = sinusoid.Config(iterations=20, tasks=4, compile=False, out=tmp_path / "run", val_tasks=3, eval_tasks=3)
     learner = algorithms.maml(mlp(), loss=squared_error, metric=squared_error, inner_lr=0.01)
@@ -318,7 +325,7 @@ def test_config_json_holds_every_flag(tmp_path: Path, monkeypatch: pytest.Monkey
     start(sinusoid, monkeypatch, *SHORT, "--no-compile", "--out", str(out), "--seed", "3")
     config = json.loads((out / "config.json").read_text())
     assert config["seed"] == 3 and config["experiment"] == "sinusoid"
-    assert set(config) == {"experiment", *sinusoid.Config.__dataclass_fields__}
+    assert set(config) == {"experiment", "metric", *sinusoid.Config.__dataclass_fields__}
 
 
 def test_help_names_the_shared_flags(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

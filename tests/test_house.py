@@ -35,6 +35,7 @@ LAYERS = [
     ["again"],
     ["commands"],
     ["cli"],
+    ["__main__"],
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 

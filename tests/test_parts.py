@@ -298,3 +298,25 @@ def uneven(split: str) -> ClassBank:
 def test_a_file_without_a_name_is_told_apart_from_a_short_name() -> None:
     with pytest.raises(UserError, match=r"names a file; say what to take from it, as in mine\.py:NAME"):
         splits(replace(sinusoid.Config(), sampler="mine.py"))
+
+
+def test_pretrained_by_an_empty_word_is_a_sentence() -> None:
+    """As by a variable of the shell that is not set; before, training began from random weights."""
+    with pytest.raises(UserError, match=r"^--pretrained is empty; give a file or 'default', or leave it out$"):
+        assemble(flags(pretrained=""))
+
+
+class Wide(torch.nn.Sequential):
+    """A model that is made for other data: it does not ask how many classes there are."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.LazyLinear(9))
+        self(torch.zeros(1, 1, 8, 8))
+
+
+def test_a_model_with_outputs_for_more_classes_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    assemble(flags(model=f"{__name__}:Wide", head="2"))
+    assert f"the model {__name__}:Wide has 9 outputs for 5 classes: it has to learn that there are no others" in caplog.text
+    caplog.clear()
+    assemble(flags())
+    assert "outputs" not in caplog.text

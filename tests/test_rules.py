@@ -211,6 +211,19 @@ def test_bad_momentum_is_a_user_error(momentum: float, nesterov: bool) -> None:
         SGD(0.1, momentum=momentum, nesterov=nesterov)
 
 
+@pytest.mark.parametrize("lr", [-0.1, float("nan"), float("inf"), "fast"])
+@pytest.mark.parametrize("rule", [SGD, Adam, RMSprop, lambda lr: PerStep(SGD(lr), 2), lambda lr: Groups(("*", Adam(lr)))])
+def test_a_bad_rate_is_a_user_error(rule: Callable[..., Rule], lr: Any) -> None:
+    with pytest.raises(UserError, match=f"the inner rate is {lr!r}; give a number, 0 or more"):
+        algorithms.maml(dense(), rule=rule(lr), inner_steps=2)
+
+
+@pytest.mark.parametrize("steps", [2.5, -1, "2"])
+def test_bad_numbers_of_steps_are_a_user_error(steps: Any) -> None:
+    with pytest.raises(UserError, match=f"inner steps is {steps!r}; give a whole number, 0 or more"):
+        algorithms.maml(dense(), inner_steps=steps)
+
+
 def test_nesterov_needs_momentum() -> None:
     with pytest.raises(UserError, match="more than 0 for Nesterov"):
         SGD(0.1, nesterov=True)

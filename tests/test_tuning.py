@@ -198,6 +198,7 @@ SAID: dict[str, tuple[dict[str, Any], str]] = {
     "frozen": ({"adapts": "head", "freeze": "head"}, f"^--adapts head {NONE}"),
     "freeze nothing": ({"freeze": "bse"}, f"^--freeze bse {NONE}"),
     "freeze all": ({"freeze": "*"}, r"^--freeze \* leaves nothing to train; freeze less, or add --lora and a rank$"),
+    "freeze the adapters": ({"lora": 2, "freeze": "lora"}, "^--freeze lora freezes what --lora adds to adapt; freeze less$"),
     "no blocks": ({"adapts": "last:0"}, rf"^--adapts last:0: {BLOCKS}"),
     "too many blocks": ({"freeze": "last:4"}, rf"^--freeze last:4: {BLOCKS}"),
     "no number": ({"adapts": "last:two"}, rf"^--adapts last:two: {BLOCKS}"),

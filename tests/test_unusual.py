@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.conftest import dense, finite_differences, mean_objective, named, relative, stirred, task_batch
-from toolkit import Batch, Learner, Meta, Plan, Task, UserError, algorithms, evaluate, train
+from toolkit import Batch, Learner, Meta, Plan, Task, UserError, algorithms, evaluate, meta_gradient, train
 from toolkit.adapted import adapt, load, merged, names, save
 from toolkit.choose import candidates
 from toolkit.distributed import ALONE
@@ -548,3 +548,13 @@ def test_a_recording_knows_the_precision_around_it() -> None:
     _, high = compute(learner.init(), tasks)
     _, plain = gradient_function.__wrapped__(learner, Plan("vmap"))(learner.init(), tasks)
     assert high.loss == plain.loss != low.loss
+
+
+@pytest.mark.parametrize("plan", [None, Plan("vmap", chunk=2)], ids=str)
+def test_a_model_that_vmap_cannot_map_is_a_sentence(plan: Plan | None) -> None:
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4))
+    learner = algorithms.maml(nn.Sequential(layer, nn.Tanh(), nn.Linear(4, 2)).double(), head="2", inner_steps=1)
+    with pytest.raises(UserError, match=r"the tasks cannot be mapped by vmap with this model \(.*\); use --map loop"):
+        meta_gradient(learner, learner.init(), task_batch(), plan)
+    _, metrics = meta_gradient(learner, learner.init(), task_batch(), Plan("loop"))
+    assert metrics.loss.isfinite()

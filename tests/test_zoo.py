@@ -608,6 +608,7 @@ UNFIT: dict[str, tuple[Any, str]] = {
     "more": (lambda: changed(lambda s: s.update(extra=torch.ones(2))), "extra is in it but not in the model; give weights"),
     "less": (lambda: changed(lambda s: s.pop("conv5.0.weight")), r"conv5\.0\.weight is in the model but not in it; give"),
     "another": (lambda: dict(nn.Linear(3, 2).named_parameters()), r": weight is in it but .*; bias is .*; body.* and \d+ more"),
+    "not finite": (lambda: changed(lambda s: s["conv5.0.weight"].fill_(torch.nan)), "not finite, in conv5.0.weight; give a"),
     "numbers": (lambda: {"epoch": 3, "best": 0.5}, r"does not hold tensors by name alone \(it holds epoch, best\)"),
     "a tensor": (lambda: torch.ones(3), "does not hold tensors by name alone .it holds Tensor"),
     "a module": (lambda: nn.Linear(2, 2), "is no file of weights .UnpicklingError: Weights only load failed"),

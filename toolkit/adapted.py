@@ -31,6 +31,7 @@ from toolkit.learner import Learner, Meta
 from toolkit.models.adapters import fold
 from toolkit.modules import listed
 from toolkit.norms import TRANSDUCTIVE, batch_norms, tracked_instance_norms
+from toolkit.starts import inherited
 from toolkit.task import Batch, Input
 from toolkit.tree import Params, under
 
@@ -61,7 +62,8 @@ def adapt(learner: Learner, meta: Meta, support: Batch, steps: int | None = None
 
 def fingerprint(learner: Learner, meta: Meta) -> str:
     """Identifies what a prediction depends on beside the adapted weights: all other weights, buffers, and what batch norm has
-    of each step. Adapted weights fit where this is the same. Reads every weight once: a second or so for 100 million."""
+    of each step. Adapted weights of these shapes fit where it is the same. Reads every weight once: a second or so for 100
+    million."""
     state = dict(learner.model.named_parameters()) | dict(learner.model.named_buffers()) | meta.params | meta.stats
     state |= {name: tensor for name, tensor in meta.learned.items() if name.startswith("norm")}
     digest = hashlib.sha256()
@@ -88,8 +90,8 @@ def save(folder: Path | str, tasks: Mapping[str, Params], base: str, dtype: torc
     weights, a name that cannot be kept, weights that `dtype` cannot hold, and a folder of another base."""
     from safetensors.torch import save as to_bytes
 
-    if not tasks:
-        raise UserError("no tasks to save; give at least one, as {name: adapted weights}")
+    if not tasks or not all(tasks.values()):
+        raise UserError("no tasks to save, or one without weights; give at least one, as {name: adapted weights}")
     if bad := [name for name in tasks if not _is_name(name)]:
         raise UserError(f"{bad[0]!r} cannot be the name of a task; give one line of text")
     types = {tensor.dtype for fast in tasks.values() for tensor in fast.values()} | ({dtype} if dtype else set())
@@ -202,6 +204,11 @@ def merged(learner: Learner, meta: Meta, fast: Params, support: Input | None = N
     """
     if fast.keys() != set(learner.adapted_names):
         raise UserError(f"these weights are {listed(fast)}, but what adapts is {listed(learner.adapted_names)}")
+    own = dict(learner.model.named_parameters())
+    made = learner.start is not inherited  # of the support set, such as keys for its examples
+    if odd := next((name for name in fast if not made and fast[name].shape != own[name].shape), None):
+        shapes = f"{tuple(fast[odd].shape)}, but {tuple(own[odd].shape)}"
+        raise UserError(f"the adapted weights {odd} have the shape {shapes} in this model; give those of a model like it")
     device = next(iter(meta.params.values())).device
     fast = {name: tensor.to(device) for name, tensor in fast.items()}
     policy, last, weights = learner.batch_norm, learner.steps, meta.params | fast

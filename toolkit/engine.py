@@ -23,7 +23,7 @@ from toolkit.allocator import keep_freed_memory, map_each_tensor
 from toolkit.distributed import Share, added
 from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta, Score
-from toolkit.plan import Plan, default_plan
+from toolkit.plan import Plan, default_plan, unmapped
 from toolkit.prefix import features, in_double, shortened, with_features
 from toolkit.recorded import Recorder, layout
 from toolkit.task import Task, count, take
@@ -45,7 +45,13 @@ def meta_gradient(learner: Learner, meta: Meta, tasks: Task, plan: Plan | None =
     Exact for every rule: second derivatives are dropped only where the learner's `order` says so. Without a plan
     `default_plan` chooses.
     """
-    return gradient_function(learner, plan or default_plan(learner, tasks))(meta, tasks)
+    plan = plan or default_plan(learner, tasks)
+    try:
+        return gradient_function(learner, plan)(meta, tasks)
+    except RuntimeError as error:
+        if said := unmapped(error, plan):
+            raise said from error
+        raise
 
 
 GradientFunction = Callable[..., tuple[Meta, Metrics]]

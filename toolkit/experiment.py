@@ -257,9 +257,10 @@ def _train(job: Job) -> Outcome:
             # What stopped all of them alike is saved by the first. Where that one stands alone, it still saves what it has all
             # of; else parts of the optimiser are out of reach, and the newest checkpoint must do. So it must within a
             # validation, which a resume would take for done.
-            if saves := judged and (isinstance(error, NotFinite) or not (group.rank or group.sharded)):
+            kept = ""
+            if state and judged and (isinstance(error, NotFinite) or not (group.rank or group.sharded)):
                 save()
-            kept = f"; everything up to iteration {state.iteration if state else 0} is saved" if saves else ""
+                kept = f"; everything up to iteration {state.iteration} is saved"
             if not isinstance(error, NotFinite):
                 kept += "; the same command with --resume goes on from the newest checkpoint"
             raise UserError(f"{error}{kept}") from None

@@ -119,8 +119,8 @@ class Learner:
     seen: dict[Any, Any] = field(init=False, repr=False, default_factory=dict)  # what was found out once
 
     def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise UserError(f"inner steps is {self.steps}; give 0 or more")
+        if not isinstance(self.steps, int) or self.steps < 0:
+            raise UserError(f"inner steps is {self.steps!r}; give a whole number, 0 or more")
         if self.order is not None and not 0 <= self.order <= self.steps:
             raise UserError(
                 f"the last {self.order} of {self.steps} inner steps cannot be of second order; give 0 to {self.steps}"

@@ -23,8 +23,10 @@ from toolkit.metrics import accuracy, cross_entropy, of_ways, squared_error
 from toolkit.models.weights import load, read
 from toolkit.overlap import banks_of, warn_of_overlap
 from toolkit.plan import Plan, compiled_plan, default_plan
+from toolkit.randomness import kept
 from toolkit.samplers import AllClasses, Augmented, Episodes, crop_flip
 from toolkit.task import Padded, Task, TaskSampler, draw, move, take
+from toolkit.tuning import tell_outputs
 
 log = logging.getLogger("toolkit")
 F = TypeVar("F", bound=Flags)
@@ -73,6 +75,8 @@ def assemble(flags: F, device: str | None = None, needed: Sequence[str] = SPLITS
         flags, network = _model(flags, looks[0], kind.outputs, tokens)
         warn_of_overlap(flags.model, network, [name for each in banks_of(samplers["test"]) for name in each.names])
         learner = build(flags, network, bank.classes if bank else None, **kind.score)
+    if not device and kind.score["metric"] is accuracy:
+        tell_outputs(flags.model, learner, take(looks[0], 0), kind.outputs)
     whole = AllClasses(bank, sum(batch.y.shape[1] for batch in looks[0])) if bank else None
     training, validation, test = (samplers.get(split, samplers["train"]) for split in SPLITS)
     return flags, learner, Tasks(training, validation, test, kind.chance, whole)
@@ -187,6 +191,8 @@ def _model(flags: F, tasks: Task, outputs: int, tokens: Tokens | None) -> tuple[
     x = tasks.support.x.x if isinstance(tasks.support.x, Padded) else tasks.support.x
     inputs = {k: tuple(v.shape[2:]) for k, v in x.items()} if isinstance(x, dict) else tuple(x.shape[2:])
     given: dict[str, Any] = {"inputs": inputs, "outputs": outputs, "ways": outputs, "seed": flags.seed}
+    if flags.pretrained == "":
+        raise UserError("--pretrained is empty; give a file or 'default', or leave it out")
     given |= {"pretrained": flags.pretrained} if flags.pretrained else {}
     given |= {"padding_token": tokens.padding} if tokens else {}
     kind = "several inputs" if isinstance(x, dict) else "numbers" if x.is_floating_point() else "feature numbers"
@@ -232,8 +238,7 @@ def network(name: str, given: dict[str, Any], pairs: Sequence[str] = ()) -> nn.M
     target, pretrained = plugins.resolve(name, "models"), given.get("pretrained")
     if isinstance(target, nn.Module):
         return _with_weights(copy.deepcopy(target), pretrained, name)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(given["seed"])  # for models that take no seed
+    with kept(given["seed"], devices=False):  # for models that take no seed
         made = plugins.call(target, given, plugins.settings(pairs, "--model", target), f"the model {name}")
     if not isinstance(made, nn.Module):
         raise UserError(f"the model {name} made a {type(made).__name__}; a model is an nn.Module, or makes one")

@@ -1,5 +1,6 @@
 """How a learner is mapped over a batch of tasks: a `Plan`, a value. Every plan gives the same gradient up to rounding."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from toolkit.task import Task, count, take
 MAPS, MEMORIES, PRECISIONS = ("vmap", "loop", "threads"), ("unroll", "recompute"), ("bfloat16", "float16")
 # Measured for conv4 on 28x28 images: eager tasks of 10 images are fastest eight in a piece, of 30 four, of 80 alone.
 PIXELS_PER_PIECE = 100_000
+UNMAPPED = re.compile("vmap|[Bb]atching rule|functorch|doesn't match the broadcast shape")  # torch's words for it
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,10 @@ class Plan:
                 raise unknown(f"{kind} of a plan", value, known)
         if self.autocast not in (None, *PRECISIONS):
             raise unknown("precision of autocast", str(self.autocast), PRECISIONS)
-        if self.workers is not None and self.workers < 1:
-            raise UserError(f"workers is {self.workers}; give 1 thread or more, or None")
-        if self.chunk is not None and self.chunk < 1:
-            raise UserError(f"chunk is {self.chunk}; give 1 task or more per piece, or None")
+        if self.workers is not None and not (isinstance(self.workers, int) and self.workers > 0):
+            raise UserError(f"workers is {self.workers!r}; give 1 thread or more, or None")
+        if self.chunk is not None and not (isinstance(self.chunk, int) and self.chunk > 0):
+            raise UserError(f"chunk is {self.chunk!r}; give 1 task or more per piece, or None")
         if self.map == "loop" and self.chunk not in (None, 1):
             raise UserError(f"map 'loop' takes tasks one by one, but chunk is {self.chunk}; use map 'vmap' with this chunk")
         if self.compile and self.map == "threads":
@@ -127,6 +129,13 @@ def compiled_plan(plan: Plan) -> Plan:
     """The plan compiled. Threads cannot be; compiled code fuses elementwise work, so its pieces may be wider than theirs."""
     wide = replace(plan, map="vmap", chunk=4 * (plan.chunk or 1)) if plan.map == "threads" else plan
     return replace(wide, compile=True)
+
+
+def unmapped(error: BaseException, plan: Plan) -> UserError | None:
+    """What to say of an error by which torch refuses to map a model by vmap, if it is one."""
+    if plan.map == "loop" or not isinstance(error, RuntimeError) or not UNMAPPED.search(said := str(error).strip()):
+        return None
+    return UserError(f"the tasks cannot be mapped by vmap with this model ({said.splitlines()[0]}); use --map loop")
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -26,7 +26,7 @@ def states(model: nn.Module | None = None) -> dict[str, Any]:
 def seed_all(seed: int, devices: bool = True) -> None:
     """Seeds the global generators with 63 bits; those of other `devices` only if asked for."""
     random.seed(seed)
-    np.random.seed([seed % 2**32, seed >> 32])
+    np.random.seed([seed % 2**32, (seed >> 32) % 2**32])
     torch.manual_seed(seed) if devices else torch.default_generator.manual_seed(seed)
 
 

@@ -41,7 +41,9 @@ class _Plain:
         return {}
 
     def check(self, names: Iterable[str], steps: int) -> None:
-        pass
+        lr = getattr(self, "lr", 0.0)
+        if not isinstance(lr, int | float) or not 0 <= lr < float("inf"):
+            raise UserError(f"the inner rate is {lr!r}; give a number, 0 or more")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from toolkit.distributed import ALONE, Group, Share
 from toolkit.engine import GradientFunction, Metrics, gradient_function, refuse_random
 from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta
-from toolkit.plan import Plan, default_plan, ordered, out_of_memory
+from toolkit.plan import Plan, default_plan, ordered, out_of_memory, unmapped
 from toolkit.randomness import kept
 from toolkit.sharded import masters, publish, restored
 from toolkit.task import Task, TaskSampler, count, draw, move, stream_seed, take
@@ -163,10 +163,9 @@ def _within_memory(
         try:
             return gradient(learner, plan)(meta, batch, share), plan
         except (RuntimeError, MemoryError) as error:
+            if said := unmapped(error, plan):
+                raise said from error
             if not out_of_memory(error):
-                if "vmap" in (said := str(error)) and plan.map != "loop":
-                    line = next(iter(said.strip().splitlines()))
-                    raise UserError(f"the tasks cannot be mapped by vmap with this model ({line}); use --map loop") from error
                 raise
             smaller = plan.smaller(count(batch))
             if smaller is None:

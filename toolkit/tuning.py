@@ -12,15 +12,20 @@ of names between dots (layer.1, norm*, or lora_ for what begins so) where that m
 import copy
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from inspect import signature
 from typing import Any
 
+import torch
 from torch import nn
 
 from toolkit import algorithms, plugins
 from toolkit.errors import UserError
+from toolkit.learner import Learner
 from toolkit.models.surgery import able, lora, prompted
 from toolkit.modules import blocks, listed, select
+from toolkit.randomness import kept
+from toolkit.task import Task
 from toolkit.tree import Selection, matches
 
 log = logging.getLogger("toolkit")
@@ -33,6 +38,7 @@ FIXED = {
 }  # fmt: skip
 BUILDERS = ("cavia", "warp_grad", "lora_maml")  # methods that put layers of their own into the model
 WORDS = ("head", "base", "norm", "bias", "lora", "prompt")
+ADDED = ("*lora_*", "*prompt*")
 # Of settings whose default does not show their kind.
 KINDS: dict[str, tuple[type, ...]] = {"context": (int,), "layer": (str,), "peft": (bool,), "layers": (tuple, str)}
 
@@ -84,6 +90,8 @@ def tuned(
     added = [word for word, given in (("lora", rank), ("prompt", prompts)) if given is not None]
     if not added or algorithm in FIXED:
         return model, None
+    if freeze is not None and not any(p.requires_grad for name, p in model.named_parameters() if matches(name, ADDED)):
+        raise UserError(f"--freeze {freeze} freezes what --{added[0].replace('prompt', 'prompts')} adds to adapt; freeze less")
     trained = any(p.requires_grad for name, p in model.named_parameters() if name.startswith(f"{head}."))
     return model, chosen(model, ",".join([*added, *["head"] * trained]), head, "--adapts")
 
@@ -98,6 +106,16 @@ def chosen(model: nn.Module, patterns: str, head: str = "head", flag: str = "ada
     return tuple(name for name, _ in model.named_parameters() if name in found)
 
 
+@torch.no_grad()
+def tell_outputs(name: str, learner: Learner, task: Task, classes: int) -> None:
+    """Warns of a model with more outputs than such tasks have classes, as of one that is made for other data."""
+    with kept(), suppress(Exception):  # what fails here fails again, and is told then
+        found = learner.predict(learner.init(), {}, task.support.x).shape[-1]
+        if found > classes:
+            said = "the model %s has %d outputs for %d classes: it has to learn that there are no others"
+            log.warning(said, name, found, classes)
+
+
 def frozen(model: nn.Module, names: Sequence[str]) -> nn.Module:
     """A copy of which neither loop moves the parameters of these names; all tensors are shared with `model`."""
     fixed = set(names)
@@ -108,7 +126,7 @@ def frozen(model: nn.Module, names: Sequence[str]) -> nn.Module:
 
 
 def _meant(model: nn.Module, word: str, head: str, flag: str) -> Selection:
-    own = (f"{head}.*", "*lora_*", "*prompt*")
+    own = (f"{head}.*", *ADDED)
     if word == "norm":
         kinds = {name for name, m in model.named_modules() if any("Norm" in kind.__name__ for kind in type(m).__mro__)}
         return lambda name: name.rpartition(".")[0] in kinds

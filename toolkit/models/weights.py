@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.errors import UserError
+from toolkit.modules import listed
 from toolkit.tree import under
 
 log = logging.getLogger("toolkit")
@@ -81,8 +82,10 @@ def load(model: nn.Module, tensors: Mapping[str, Tensor], source: str, what: str
     layers were the `classifiers`.
 
     A head or classifier of another width is left out, with one log line. Raises UserError for names or shapes that do not fit,
-    naming the first three, and for what the model's own loading raises.
+    naming the first three, for numbers that are not finite, and for what the model's own loading raises.
     """
+    if broken := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
+        raise UserError(f"{source} has numbers that are not finite, in {listed(broken)}; give a file of sound weights")
     own, head = whole(model, tensors), getattr(model, "head", None)
     target = model if own else model.body
     state = {name if own else OLD_DENSENET.sub(r"\1\2.", name): tensor for name, tensor in tensors.items()}
