@@ -204,7 +204,7 @@ def test_a_task_is_drawn_with_its_own_predictions(finished: Callable[..., Run], 
     assert {path.name for path in written} >= {"task-3.png", "task-3.pdf"} and all(path.exists() for path in written)
     assert (run.path / "example.safetensors").read_bytes() == before
     of_folder = Run(run.path)
-    of_folder.__dict__.update(result=run.result | {"sampler": "glyphs, task 0"})
+    of_folder.__dict__.update(known=run.result | {"sampler": "glyphs, task 0"})
     first = save(figures.example(of_folder), tmp_path / "first")[0].read_bytes()
     assert (run.path / "task-3.png").read_bytes() != first and shown(run, 0, [])[0].read_bytes() == first
 

@@ -476,14 +476,15 @@ def test_changes_of_buffers_that_are_dropped_are_told(caplog: pytest.LogCaptureF
     torch.manual_seed(0)
     layer = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4))
     learner = algorithms.maml(nn.Sequential(layer, nn.Tanh(), nn.Linear(4, 2)).double(), head="2", inner_steps=1)
-    learner.rehearse(take(task_batch(), 0))
+    for _ in range(2):
+        next(train(learner, lambda generator: take(task_batch(), 0), 1, 1, 0.1, plan=Plan("loop")))
     told = (
         "the model changes 0.parametrizations.weight.0._u, 0.parametrizations.weight.0._v when it is called; such changes are"
     )
     assert caplog.text.count(told) == 1
     caplog.clear()
     normed = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 2)).double()
-    algorithms.maml(normed, head="3", inner_steps=1).rehearse(take(images(), 0))
+    algorithms.maml(normed, head="3", inner_steps=1).observe(take(images(), 0).support.x)
     assert not caplog.text
 
 

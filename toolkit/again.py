@@ -204,7 +204,7 @@ def shown(run: Run, index: int, words: Sequence[str], path: bool = False, gif: b
     pictured, source = Run(run.path), f"{flags.sampler}, task {index}"
     title = f"{learner.name} on {source}"
     # In place of those of the folder, which are of task 0.
-    pictured.__dict__.update(example=tensors, result=run.result | {"sampler": source})
+    pictured.__dict__.update(example=tensors, known=run.result | {"sampler": source})
     made = {f"task-{index}": figures.example(pictured)}
     if path:
         task = move(take(draw(tasks.test, 1, flags.eval_seed, index, "test"), 0), flags.device)

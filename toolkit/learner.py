@@ -234,7 +234,8 @@ class Learner:
         """What one forward pass shows."""
         with kept():
             before, meta = states(self.model), self.init()
-            _, norms, _ = self._run(self.model, meta, {}, x, None, 0)
+            _, norms, buffers = self._run(self.model, meta, {}, x, None, 0)
+            tell_dropped(self.model, buffers)
             return Observed(states(self.model) != before, bool(norms.seen), norms.attention)
 
     @property
@@ -258,7 +259,6 @@ class Learner:
                 *_, fast = self.path(meta, task.support, min(self.steps, 1))
                 seen = None if self.batch_norm == "per_step" else task.support.x  # whose statistics may be still to come
                 prediction = self.predict(meta, fast, task.query.x, seen)
-                tell_dropped(self._run(self.model, meta, {}, task.support.x, None, 0)[2])
                 _ = self.loss(prediction, task.query.y), self.metric(prediction, task.query.y)
                 return bool(self.seen.setdefault("random", states(self.model) != before))
         except UserError:

@@ -254,10 +254,13 @@ def check_policy(model: nn.Module, policy: str) -> None:
         )
 
 
-def tell_dropped(buffers: Mapping[str, Tensor]) -> None:
-    """Warns of what a model changed in fresh copies of its buffers, which nobody will see: such as the vectors of a spectral
-    norm. The counts of batch norm are not used."""
-    if changed := [name for name, it in buffers.items() if it._version and not name.endswith("num_batches_tracked")]:
+def tell_dropped(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    """Warns once of what a model changed in fresh copies of its buffers, which nobody will see: such as the vectors of a
+    spectral norm. The counts of batch norm are not used."""
+    changed = [name for name, it in buffers.items() if it._version and not name.endswith("num_batches_tracked")]
+    own = {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if name in changed}
+    if not all(buffer in _warned for buffer in own.values()):
+        _warned.update(dict.fromkeys(own.values(), True))
         log.warning(
             "the model changes %s when it is called; such changes are dropped, so that a task leaves no trace in the next, and "
             "what depends on them stays as it was made",

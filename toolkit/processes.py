@@ -67,12 +67,13 @@ def join(beat: float = BEAT, patience: float = PATIENCE) -> None:
     if not rank and kinds == "gloo" and any(gpus):
         have = len({*gpus} - {""})
         log.info("%d processes and %d GPU%s: with --device cuda they add by way of the host", size, have, "s" * (have > 1))
-    dist.init_process_group(kinds, timeout=STUCK, store=store, rank=rank, world_size=size)
     over, beats = threading.Event(), [0]
-    watch = threading.Thread(target=_watch, args=(notes, over, beats, beat, patience), daemon=True, name="watch")
+    given = notes, over, beats, beat, patience, rank, size
+    watch = threading.Thread(target=_watch, args=given, daemon=True, name="watch")
     watch.start()
     threading.Thread(target=_guard, args=(over, beats, beat, patience), daemon=True, name="guard").start()
     JOINED.append(Joined(notes, watch, over))
+    dist.init_process_group(kinds, timeout=STUCK, store=store, rank=rank, world_size=size)  # watched: it waits for the others
 
 
 def own_gpu() -> str:
@@ -93,8 +94,9 @@ def leave() -> None:
     if watch.is_alive():  # in a call that is not answered, and another would not be either
         _end("process 0, or torchrun if it keeps the notes of all, does not answer")
     with suppress(RuntimeError, OSError):  # nobody is there to read it
-        notes.set(f"left/{dist.get_rank()}", "1")
-    dist.destroy_process_group()
+        notes.set(f"left/{os.environ['RANK']}", "1")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def said_already(sentence: str) -> bool:
@@ -108,9 +110,8 @@ def said_already(sentence: str) -> bool:
         return False
 
 
-def _watch(notes: Store, over: threading.Event, beats: list[int], beat: float, patience: float) -> None:
+def _watch(notes: Store, over: threading.Event, beats: list[int], beat: float, patience: float, rank: int, size: int) -> None:
     """Counts for the others to see, and looks whether they still count, until it is over. `beats` counts the looks."""
-    rank, size = dist.get_rank(), dist.get_world_size()
     seen, silent = [-1] * size, [0.0] * size
     while not over.wait(beat):
         try:

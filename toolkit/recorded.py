@@ -225,9 +225,8 @@ def layout(tree: Any) -> tuple[Any, list[Tensor]]:
     would be taken for one another. Strides are built into views and results, and the precision that the caller asked for into
     all of it."""
     leaves, structure = pytree.tree_flatten(tree)
-    kind = leaves[0].device.type
-    precision = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    return (structure, precision, tuple((leaf.shape, leaf.stride(), leaf.dtype, leaf.device) for leaf in leaves)), leaves
+    precision = [torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda")]
+    return (structure, *precision, tuple((leaf.shape, leaf.stride(), leaf.dtype, leaf.device) for leaf in leaves)), leaves
 
 
 def difference(found: Any, plain: Any, exact: Callable[[], Any]) -> str:

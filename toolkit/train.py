@@ -95,7 +95,8 @@ def shared(learner: Learner, plan: Plan, tasks: int, group: Group, sample: Task)
     tasks."""
     part = group.part(tasks, plan.size(tasks) if group.ordered else 1)
     refuse_random(learner, plan, sample)
-    random = learner.rehearse(take(sample, 0))
+    random = learner.rehearse(task := take(sample, 0))
+    learner.observe(task.support.x)  # for its warnings
     if random and group.ordered:
         raise UserError("the learner draws random numbers (dropout?), whose order is not that of the tasks; use --reduce fast")
     return part, random

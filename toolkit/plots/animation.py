@@ -51,7 +51,7 @@ def animate(run_example: dict[str, Tensor], title: str, path: Path) -> Path:
 
 def _cards(data: dict[str, Tensor], title: str, path: Path) -> Iterator[Figure]:
     opened = Run(path.parent)
-    opened.__dict__["result"] = {"algorithm": "", "sampler": ""}
+    opened.__dict__["known"] = {"algorithm": "", "sampler": ""}
     for k, step in enumerate(data["steps"].tolist()):
         now = slice(k, k + 1)
         opened.__dict__["example"] = data | {"steps": data["steps"][now], "predictions": data["predictions"][now]}
