@@ -236,6 +236,8 @@ def _weighted(x: Tensor, axes: list[int], real: Tensor) -> tuple[Tensor, Tensor]
 
 def check_policy(model: nn.Module, policy: str) -> None:
     """Raises UserError for an unknown policy, and when it needs running statistics that a module does not keep."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"the model is a {type(model).__name__}; give an nn.Module")
     if policy not in POLICIES:
         raise unknown("batch-norm policy", policy, POLICIES)
     if policy not in ("running", "per_step"):
