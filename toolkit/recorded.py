@@ -40,7 +40,8 @@ class Recorder:
     `prepare` also compares what is `judged` of the first result with that of the function itself and, where they differ, both
     with `exact`, the same in float64 (None where there is none). What cannot be recorded or compiled, or comes out wrong, runs
     as it is, with a warning. A function that has changed since, as by a number in a closure, is found out at some later calls,
-    fewer and fewer, and raises UserError.
+    fewer and fewer: a replay of the same operations has the same bits, so that raises UserError; compiled code and a GPU round
+    otherwise, so there it is a warning.
     """
 
     def __init__(
@@ -98,10 +99,13 @@ class Recorder:
             return self.function(learner, *trees)
         found = recording.of_leaves(leaves)
         if next(self.calls[key]) in CHECKED and (wrong := self._wrong(found, self.function(learner, *trees), learner, *trees)):
-            raise UserError(
+            said = (
                 f"the recorded operations are no longer those of the model, loss and rule: {wrong}; one of them depends on "
                 "what changes beside its tensors, such as a number in a closure; use --no-trace, or a plan that records nothing"
             )
+            if not (self.compiled or leaves[0].is_cuda):
+                raise UserError(said)
+            log.warning("%s (or these tasks magnify rounding, which is another in compiled code)", said)
         return found
 
 
