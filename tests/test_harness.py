@@ -622,6 +622,7 @@ def test_the_handler_of_a_job_whose_time_is_up_is_called_at_the_end(monkeypatch:
                     break
                 time.sleep(0.01)
             assert len(calls) == 2, "a block that takes too long does not cost the job its place in line"
+        assert len(calls) == 2, "and it is put there once"
     finally:
         signal.signal(signal.SIGUSR2, before)
 

@@ -27,7 +27,7 @@ def stop_signals() -> Iterator[list[int]]:
         if number in received and number == signal.SIGINT:
             raise KeyboardInterrupt
         if number in received and number in postponed:
-            postponed[number](number, frame)
+            postponed.pop(number)(number, frame)  # which may well raise, and is not to be called again
         elif number in postponed:
             timers.append(threading.Timer(GRACE, os.kill, (os.getpid(), number)))
             timers[-1].daemon = True
@@ -44,4 +44,4 @@ def stop_signals() -> Iterator[list[int]]:
         for number, handler in previous.items():
             signal.signal(number, handler)
         for number in set(received) & set(postponed):
-            postponed[number](number, None)
+            postponed.pop(number)(number, None)

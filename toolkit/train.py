@@ -164,9 +164,9 @@ def _within_memory(
         try:
             return gradient(learner, plan)(meta, batch, share), plan
         except (RuntimeError, MemoryError) as error:
-            if said := unmapped(error, plan):
-                raise said from error
             if not out_of_memory(error):
+                if said := unmapped(error, plan):
+                    raise said from error
                 raise
             smaller = plan.smaller(count(batch))
             if smaller is None:
