@@ -408,8 +408,10 @@ def test_a_run_that_is_refused_does_not_cost_the_one_that_it_was_to_replace(
 
 
 def test_processes_agree_on_what_they_send_each_other() -> None:
-    """Sharded or not is no part of what makes the numbers, but processes that differ in it would wait for each other."""
-    assert facts({"shard": True, "seed": 1}).items() >= {"--shard": True, "--seed": 1}.items()
+    """Sharded or not is no part of what makes the numbers, but processes that differ in it would wait for each other; whether a
+    run is gone on with or replaced is for all to say."""
+    said = {"shard": True, "resume": False, "overwrite": True, "seed": 1}
+    assert facts(said).items() >= {f"--{key}": value for key, value in said.items()}.items()
     assert "--data-root" not in facts({"data_root": "data"})
 
 

@@ -26,6 +26,7 @@ TOOL = [
     ("check-sampler sinusoid --sampler.colour 3", r"colour"),
     ("new samplr my.py", r"unknown kind of template 'samplr'; did you mean 'sampler'"),
     ("new sampler my.txt", r"my\.txt"),
+    ("plan", r"no sampler was given; give one of .*, omniglot-vinyals"),
     ("plan --sampler omniglot-vinyls", r"unknown sampler 'omniglot-vinyls'; did you mean 'omniglot-vinyals'"),
     ("plan --sampler glyphs --algorithm mmal", r"unknown algorithm 'mmal'; did you mean"),
     ("plan --sampler glyphs --tasks 0", r"--tasks is 0; give at least 1"),

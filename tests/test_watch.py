@@ -1,11 +1,16 @@
 """A run as text while it goes on."""
 
 import json
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from toolkit import UserError
+from toolkit.files import alone_in
 from toolkit.runs.folder import Run
 from toolkit.runs.watch import WIDTH, follow, sparkline, view
 
@@ -29,12 +34,32 @@ def test_how_far_how_fast_how_good(tmp_path: Path, torn: str) -> None:
     lines = view(Run(folder(tmp_path, ROWS, torn))).splitlines()
     assert lines[0].endswith(": anil on glyphs")
     assert lines[1] == "█████░░░░░░░░░░░░░░░ 50 of 200 iterations, 1:15 min so far, about 3:45 min left"
-    assert lines[2].split() == ["loss", "1", "█▁"] and lines[3].split() == ["metric", "0.4", "▁█"]
-    assert lines[4].split() == ["metric", "on", "validation", "0.3", "▅"]
+    assert lines[2] == "stopped, as far as this machine sees; its command with --resume goes on with it"
+    assert lines[3].split() == ["loss", "1", "█▁"] and lines[4].split() == ["metric", "0.4", "▁█"]
+    assert lines[5].split() == ["metric", "on", "validation", "0.3", "▅"]
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     assert view(Run(folder(tmp_path, []))).splitlines()[1] == "░░░░░░░░░░░░░░░░░░░░ 0 of 200 iterations"
+
+
+def test_a_run_that_goes_on_is_not_called_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(folder(tmp_path, ROWS))
+    with alone_in(tmp_path):
+        assert "stopped" not in view(run)
+    assert "stopped" in view(run)
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as where there are no such locks: nobody can tell
+    assert "stopped" not in view(run)
+
+
+def test_who_enters_waits_for_who_only_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("toolkit.files.LOOK", 30.0)
+    with ThreadPoolExecutor() as pool, ExitStack() as look:
+        look.enter_context(alone_in(tmp_path))
+        inside = pool.submit(lambda: ExitStack().enter_context(alone_in(tmp_path)))
+        time.sleep(0.05)
+        look.close()
+        assert inside.result() is True
 
 
 def test_hours_are_hours(tmp_path: Path) -> None:

@@ -11,8 +11,11 @@ class UserError(ValueError):
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for a `name` that is not among the `known` names of its `kind`, with a suggestion."""
+    """The error for a `name` that is not among the `known` names of its `kind`, with a suggestion; for no
+    name at all, the known ones."""
     known = sorted(known)
+    if not name:
+        return UserError(f"no {kind} was given; give one of {', '.join(known)}")
     close = get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return UserError(f"unknown {kind} {name!r}{hint} (known: {', '.join(known)})")

@@ -134,8 +134,9 @@ def configuration(flags: Flags, experiment: str, learner: Learner | None = None)
 
 def facts(config: dict[str, Any]) -> dict[str, Any]:
     """What has to be equal in all processes of a run: its flags, the code, torch."""
-    # Sharded or not makes the same numbers (to the last bit in order, else up to rounding), but other messages.
-    own = {f"--{k.replace('_', '-')}": v for k, v in config.items() if k not in NOT_HASHED or k == "shard"}
+    # These make the same numbers (parts in order to the last bit, else up to rounding), but other messages, or another run.
+    more = ("shard", "resume", "overwrite")
+    own = {f"--{k.replace('_', '-')}": v for k, v in config.items() if k not in NOT_HASHED or k in more}
     return own | {"toolkit code": source_hash(), "torch": torch.__version__}
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import UserError
+from toolkit.files import left
 from toolkit.runs.folder import Run, result_step
 
 BARS = " ▁▂▃▄▅▆▇█"
@@ -30,7 +31,7 @@ def follow(folder: Path, once: bool = False) -> None:
 
 def view(run: Run) -> str:
     """The state of a run on some lines: iterations done and how long the rest may take, loss and metric of training and the
-    metric on validation as they are now, each with its course; the test result when there is one. A torn last line of the
+    metric on validation as they are now, each with its course; the test result when there is one, and whether it was stopped. A torn last line of the
     journal is left out."""
     total, rows = run.config.get("iterations"), run.metrics if (run.path / "metrics.jsonl").exists() else []
     if not isinstance(total, int) or total < 1:
@@ -44,6 +45,8 @@ def view(run: Run) -> str:
         lines.append(f"evaluation of {run.result['weights_of']}, which trains nothing")
     else:
         lines.append(_progress(done, total, training))
+        if not tested and left(run.path):
+            lines.append("stopped, as far as this machine sees; its command with --resume goes on with it")
     for key, name in (("loss", "loss"), ("metric", "metric")):
         if values := [row[key] for row in training if row.get(key) is not None]:
             lines.append(f"{name:22} {values[-1]:>10.4g}  {sparkline(values)}")
