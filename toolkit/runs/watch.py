@@ -30,9 +30,9 @@ def follow(folder: Path, once: bool = False) -> None:
 
 
 def view(run: Run) -> str:
-    """The state of a run on some lines: iterations done and how long the rest may take, loss and metric of training and the
-    metric on validation as they are now, each with its course; the test result when there is one, and whether it was stopped. A torn last line of the
-    journal is left out."""
+    """The state of a run on some lines: iterations done and how long the rest may take, whether it was stopped, loss and metric
+    of training and the metric on validation as they are now, each with its course; the test result when there is one. A torn
+    last line of the journal is left out."""
     total, rows = run.config.get("iterations"), run.metrics if (run.path / "metrics.jsonl").exists() else []
     if not isinstance(total, int) or total < 1:
         raise UserError(f"{run.path / 'config.json'} has no number of iterations; restore it or repeat the run")
