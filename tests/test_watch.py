@@ -94,6 +94,25 @@ def test_without_a_terminal_it_is_shown_once(tmp_path: Path, capsys: pytest.Capt
     assert capsys.readouterr().out.count("anil on glyphs") == 1
 
 
+def test_a_run_that_ends_within_a_look_is_shown_with_its_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    test = {"metric": "accuracy", "steps": [0, 1], "mean": [0.2, 0.9], "ci95": [0.1, 0.1], "tasks": 6000}
+    summary = json.dumps({"algorithm": "anil", "sampler": "glyphs", "test": test, "inner_steps": 1})
+
+    def looked(run: Run) -> str:
+        text = view(run)
+        (tmp_path / "summary.json").write_text(summary)
+        return text
+
+    monkeypatch.setattr("toolkit.runs.watch.view", looked)
+    monkeypatch.setattr("toolkit.runs.watch.EVERY", 0.0)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    follow(folder(tmp_path, ROWS))
+    first, last = capsys.readouterr().out.split("\x1b[6F\x1b[J")
+    assert "tested" not in first and last.splitlines()[-1] == "tested: accuracy 90.00 ± 10.00 % after 1 step, 6,000 tasks"
+
+
 def test_a_course_is_no_wider_than_its_room_and_keeps_its_shape() -> None:
     line = sparkline([float(i) for i in range(1000)])
     assert len(line) == WIDTH and line[0] == "▁" and line[-1] == "█" and list(line) == sorted(line)

@@ -20,19 +20,22 @@ def follow(folder: Path, once: bool = False) -> None:
     watches.
 
     Raises UserError for a folder that is no run's."""
-    text = view(Run(folder))
-    print(text)
-    while not (once or (folder / "summary.json").exists()) and sys.stdout.isatty():
-        time.sleep(EVERY)
-        lines = text.count("\n") + 1
+    lines = 0
+    while True:
+        done = (folder / "summary.json").exists()  # before the look, so that the last one shows the result
         text = view(Run(folder))
-        print(f"\x1b[{lines}F\x1b[J{text}", flush=True)  # from the first line of the last look on
+        print(f"\x1b[{lines}F\x1b[J{text}" if lines else text, flush=True)  # from the first line of the last look on
+        lines = text.count("\n") + 1
+        if once or done or not sys.stdout.isatty():
+            return
+        time.sleep(EVERY)
 
 
 def view(run: Run) -> str:
     """The state of a run on some lines: iterations done and how long the rest may take, whether it was stopped, loss and metric
     of training and the metric on validation as they are now, each with its course; the test result when there is one. A torn
     last line of the journal is left out."""
+    nobody = left(run.path)  # asked first: a run that ends meanwhile is done, not stopped
     total, rows = run.config.get("iterations"), run.metrics if (run.path / "metrics.jsonl").exists() else []
     if not isinstance(total, int) or total < 1:
         raise UserError(f"{run.path / 'config.json'} has no number of iterations; restore it or repeat the run")
@@ -45,7 +48,7 @@ def view(run: Run) -> str:
         lines.append(f"evaluation of {run.result['weights_of']}, which trains nothing")
     else:
         lines.append(_progress(done, total, training))
-        if not tested and left(run.path):
+        if not tested and nobody:
             lines.append("stopped, as far as this machine sees; its command with --resume goes on with it")
     for key, name in (("loss", "loss"), ("metric", "metric")):
         if values := [row[key] for row in training if row.get(key) is not None]:
