@@ -42,6 +42,7 @@ from toolkit.experiment import configuration, run
 from toolkit.files import replace as replace_file
 from toolkit.flags import EpisodeFlags, checked, launch
 from toolkit.learner import Learner
+from toolkit.metrics import direction
 from toolkit.runs.comparison import Entry, difference, entries
 from toolkit.runs.entry import check_same
 from toolkit.runs.folder import Run, write_json
@@ -236,7 +237,7 @@ def rows(runs: dict[str, list[Run]]) -> list[dict[str, Any]]:
     from toolkit.plots.pareto import front
 
     made = entries(runs)
-    sign = 1 if made[0].curve.metric_name == "accuracy" else -1
+    sign = direction(made[0].curve.metric_name) or -1
 
     def rank(entry: Entry) -> float:
         mean = entry.mean()[0]

@@ -332,12 +332,13 @@ def memory(config: Config) -> list[Row]:
     return rows
 
 
+MEMORY_RUNS = 3
 RECORDED = 20  # inner steps up to which recorded plans are in the table of memory: recording takes half a second a step
 
 
 def _peak_and_time(work: Callable[[], object], config: Config) -> tuple[list[float], list[float]]:
     peaks, times = list[float](), list[float]()
-    for _ in range(3):
+    for _ in range(MEMORY_RUNS):
         began = time.perf_counter()
         peaks.append(peak(work, config.device) / 1e6)
         times.append(time.perf_counter() - began)
@@ -468,7 +469,8 @@ def write(rows: list[Row], config: Config) -> None:
         drawn = [asdict(row) for row in rows if row.section == section and row.unit != "GFLOP/s"]
         for unit in {row["unit"]: None for row in drawn}:
             name = section if unit != "ms" or section == "steps" else f"{section}-time"
-            spread = f"medians of {config.rounds} rounds, whiskers from lowest to highest"
+            rounds = MEMORY_RUNS if section == "memory" else config.rounds
+            spread = f"medians of {rounds} rounds, whiskers from lowest to highest"
             title = f"{name}: {spread}\n(×: times as good as {BASE[section]})"
             name = name if config.device == "cpu" else f"{name}-cuda"
             save(bars([row for row in drawn if row["unit"] == unit], title), config.out / name)

@@ -652,6 +652,13 @@ def test_all_pairs_of_splits_are_looked_at_and_one_that_fails_is_named() -> None
     assert report.faults == ("runs",) and "split 'val'" in finding(report, "runs")[1]
 
 
+def test_mixtures_whose_splits_cross_leak() -> None:
+    one, other = Episodes(bank(5, 8, 1, "one"), 3, 1, 2), Episodes(bank(5, 8, 3, "other"), 3, 1, 2)
+    third = Episodes(bank(5, 8, 2, "third"), 3, 1, 2)
+    report = check_sampler(Mixed([one, third]), 40, splits={"test": Mixed([other, third])})
+    assert finding(report, "leakage")[0] == "fault" and "share 5 classes: 'third-0'" in finding(report, "leakage")[1]
+
+
 def test_without_other_splits_leakage_is_not_judged() -> None:
     assert "leakage" not in [found.check for found in check_sampler(LOOSE, 20).findings]
 

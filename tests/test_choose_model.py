@@ -236,7 +236,7 @@ def test_a_model_may_have_flags_and_settings_of_its_own(
         (("mlp inner_lr=-1",), "--inner-lr is -1.0; give a positive number"),
         (("mlp adapts='*norm*",), "cannot be read (No closing quotation); write NAME key=value"),
         (("mlp adapts=*bias", "mlp adapts=?bias"), "two of --models would share a folder"),
-        (("",), "unknown model ''"),
+        (("",), "no model was given; give one of"),
         (("a/conv.py:Net", "b/conv.py:Net"), "there is no file a/conv.py"),
     ):
         with pytest.raises(SystemExit):

@@ -172,6 +172,28 @@ def test_a_side_that_lost_tasks_is_never_called_better(tmp_path: Path) -> None:
     assert verdict(turned, "accuracy") == "no difference shown" and verdict(turned, "squared error") == "better"
 
 
+def test_of_an_unknown_metric_nobody_is_called_better(tmp_path: Path) -> None:
+    """It is said which is larger, counts are of tasks above and below, and the order is by loss."""
+    values = [[0.5, 0.50 + 0.001 * i] for i in range(20)]
+    runs = [
+        method(tmp_path / f"{name}-{n}", name, [[v + shift for v in row] for row in values], name=n)
+        for n in ("macro recall", "mean absolute error", "top2 accuracy")
+        for name, shift in (("maml", 0.0), ("anil", 0.1))
+    ]
+    texts = [comparison(entries(grouped(runs[i : i + 2]))) for i in (0, 2, 4)]
+    wanted = [
+        ("above, tied, below", "20, 0, 0", "larger"),
+        ("won, tied, lost", "0, 0, 20", "worse"),
+        ("won, tied, lost", "20, 0, 0", "better"),
+    ]
+    for text, (score, counts, said) in zip(texts, wanted, strict=True):
+        assert score in text and counts in text and text.splitlines()[-2].endswith(said)
+    loss = json.loads((runs[0].path / "curve.json").read_text())
+    (runs[0].path / "curve.json").write_text(json.dumps(loss | {"loss": [[x - 1 for x in row] for row in loss["loss"]]}))
+    groups = grouped([Run(run.path) for run in runs[:2]])
+    assert [row["method"] for row in rows(groups)] == ["maml", "anil"], "the smaller loss first"
+
+
 def test_runs_in_folders_of_one_name_stay_apart(tmp_path: Path) -> None:
     values = [[0.1, 0.2], [0.2, 0.4]]
     runs = [made(tmp_path / place / "maml-seed0", values, iterations=i) for i, place in ((5, "a"), (6, "b"))]

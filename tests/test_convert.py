@@ -203,6 +203,34 @@ def test_every_mode_of_pil_becomes_grey_or_colour(mode: str, channels: int) -> N
         assert torch.equal(items[0], torch.from_numpy(expected).permute(2, 0, 1))
 
 
+@pytest.mark.parametrize(("mode", "ink"), [("RGBA", (0, 0, 0, 255)), ("LA", (0, 255))])
+def test_what_is_transparent_is_white(mode: str, ink: Any) -> None:
+    """Black ink on a transparent ground, whose colour is black as well, is a picture and not a black square."""
+    picture = Image.new(mode, (4, 4), (0,) * len(ink))
+    picture.putpixel((1, 2), ink)
+    expected = torch.full((len(ink) - 1, 4, 4), 255, dtype=torch.uint8)
+    expected[:, 2, 1] = 0
+    assert torch.equal(from_dataset(Listed([picture], [0])).items[0], expected)
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_arrays_of_two_or_four_channels_have_them_last(channels: int) -> None:
+    x = images(shape=(channels, 6, 5))
+    assert torch.equal(from_dataset(Listed(hwc(x), LABELS)).items, x)
+    assert from_dataset(Listed(hwc(x), LABELS), size=3).items.shape == (8, channels, 3, 3)
+
+
+def test_resized_masks_and_whole_numbers_are_rounded_to_what_they_may_be() -> None:
+    mask = torch.zeros(1, 8, 8, dtype=torch.bool)
+    mask[:, :, :2] = True
+    found = from_dataset(Listed([mask], [0]), size=4).items[0]
+    assert found.dtype == torch.bool and found[0].sum(1).tolist() == [1] * 4
+    steps = torch.tensor([0, 255, 0, 255, 0, 255, 0, 255], dtype=torch.int16).expand(1, 8, 8)
+    exact = from_dataset(Listed([steps.float()], [0]), size=5).items
+    assert torch.equal(from_dataset(Listed([steps], [0]), size=5).items, exact.round().short())
+    assert not torch.equal(exact.short(), exact.round().short())
+
+
 def test_more_than_eight_bits_are_refused_rather_than_cut_off() -> None:
     with pytest.raises(UserError, match="item 0 of Listed has pixels of PIL's mode 'I;16', more than 8 bits"):
         from_dataset(Listed([Image.fromarray(np.full((4, 4), 1000, dtype=np.uint16))], [0]))

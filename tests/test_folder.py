@@ -104,6 +104,7 @@ ONE_COLOUR: dict[str, tuple[bytes, tuple[int, int, int], int]] = {
     "rgba, half transparent": (encoded(flat((0, 0, 0, 128), "RGBA"), "PNG"), (127, 127, 127), 127),
     "grey with alpha": (encoded(flat((50, 0), "LA"), "PNG"), (255, 255, 255), 255),
     "16 bits": (encoded(sixteen(257 * 90 + 60), "PNG"), (90, 90, 90), 90),
+    "16 bits, transparent": (encoded(sixteen(257), "PNG", transparency=257), (255, 255, 255), 255),
     "16 bits, white": (encoded(sixteen(65535), "PNG"), (255, 255, 255), 255),
     "cmyk": (encoded(flat((255, 0, 0, 0), "CMYK"), "JPEG", quality=100), (0, 255, 255), 179),
     "bmp": (encoded(flat((1, 2, 3), "RGB"), "BMP"), (1, 2, 3), 2),

@@ -751,6 +751,18 @@ def untimed(record: Run) -> list[dict[str, float]]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in record.metrics]
 
 
+def test_what_trains_without_steps_and_is_tested_with_some_is_chosen_and_shown_after_those(tmp_path: Path) -> None:
+    """Joint training's loss without steps says nothing of what adapting makes of it, where classes have no fixed numbers."""
+    flags = config(tmp_path / "run", meta_lr=0.05)
+    learner = algorithms.joint(named(), inner_lr=0.1)
+    record = run(flags, "points", learner, *EPISODES)
+    trained = metas(flags, learner, EPISODES[0])
+    for row in validations(record):
+        curve = evaluate(learner, trained[int(row["iteration"]) - 1], EPISODES[1], 10, 3, flags.eval_seed, "val")
+        assert row["val_metric"] == float(curve.mean()[3]) and flags.eval_steps == 3
+    assert record.summary["card"]["worst_tasks"] == record.curve.worst_tasks()[:, 3].tolist()
+
+
 @pytest.mark.parametrize("method", ["fine_tune", "linear_probe"])
 def test_a_pretrained_method_trains_its_pretrain_and_is_judged_by_itself(tmp_path: Path, method: str) -> None:
     flags = config(tmp_path / "run", meta_lr=0.05)

@@ -34,6 +34,18 @@ def test_tensorboard_gets_every_number_under_its_group(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_a_resumed_run_keeps_the_points_of_its_checkpoint(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start, iterations in ((0, (10, 20, 30)), (20, (30, 40))):  # what came after iteration 20 is written anew
+        (logger,) = loggers(["tensorboard"], tmp_path, {}, start)
+        for i in iterations:
+            logger({"iteration": float(i), "loss": float(start + i)})
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("training/loss")
+    assert [(event.step, event.value) for event in found] == [(10, 10), (20, 20), (30, 50), (40, 60)]
+
+
 def test_tensorboard_without_the_package_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match=r"--logger tensorboard needs a package .*; pip install tensorboard"):

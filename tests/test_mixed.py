@@ -179,6 +179,17 @@ def test_the_command_line_mixes_datasets_and_samplers_by_name() -> None:
     assert first.bank.source.startswith("glyphs") and second.bank.source == "letters val"
     functions = mixed("train", shots=3, queries=4, of="sinusoid,tests/test_mixed.py:plain")
     assert functions.samplers[0] == Sinusoid(3, 4) and functions.samplers[1].__name__ == "plain"  # type: ignore[attr-defined]
+    for split, sign in (("train", 1), ("test", -1)):
+        (line,) = mixed(split, shots=3, of="tests/test_mixed.py:lines").samplers
+        task = line(torch.Generator())
+        assert bool((task.support.y == sign * task.support.x).all()) and len(task.support.y) == 3
+
+
+def lines(generator: torch.Generator, split: str = "train", shots: int = 5) -> Task:
+    """A sampler that is a plain function and takes its split and sizes."""
+    x = torch.randn(2 * shots, 1, generator=generator)
+    y = x if split == "train" else -x
+    return Task(Batch(x[:shots], y[:shots]), Batch(x[shots:], y[shots:]))
 
 
 def letters(split: str) -> ClassBank:

@@ -1,5 +1,6 @@
 """From flags to samplers, model and learner: what is settled on the way, and what is refused."""
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from experiments import quickstart, sinusoid
 from toolkit import Batch, Task, UserError, draw, meta_gradient
 from toolkit.data.bank import ClassBank
+from toolkit.data.glyphs import glyphs
 from toolkit.experiment import run
 from toolkit.flags import EpisodeFlags
 from toolkit.metrics import accuracy, cross_entropy, squared_error
@@ -25,6 +27,11 @@ def images(split: str, channels: int = 1, size: int = 8, classes: int = 7) -> Cl
     generator = torch.Generator().manual_seed(len(split))
     items = torch.randint(256, (classes * 12, channels, size, size), generator=generator, dtype=torch.uint8)
     return ClassBank(items, torch.arange(classes + 1) * 12, tuple(f"{split} {i}" for i in range(classes)), f"tiny {split}")
+
+
+def shifted(split: str) -> ClassBank:
+    """Glyphs by other splits: those of test for training."""
+    return glyphs({"train": "test", "val": "train", "test": "val"}[split])
 
 
 def wide(split: str) -> ClassBank:
@@ -158,6 +165,25 @@ def test_augmentation_is_for_training_and_copies_for_the_others() -> None:
     assert isinstance(tasks.training, Augmented) and tasks.training.copies == 0
     assert isinstance(tasks.test, Augmented) and (tasks.test.copies, tasks.test.queries) == (2, False)
     assert draw(tasks.test, 1, 0).support.x.shape[1] == 15 and draw(tasks.training, 1, 0).support.x.shape[1] == 5
+
+
+def test_pretraining_is_augmented_as_training_is() -> None:
+    kinds = [flags(augment=kind, algorithm="linear_probe") for kind in ("none", "crop-flip")]
+    plain, augmented = (assemble(each)[2].pretraining for each in kinds)
+    assert isinstance(augmented, Augmented) and isinstance(augmented.sampler, AllClasses) and plain is not None
+    one, other = draw(plain, 4, 0), draw(augmented, 4, 0)
+    assert torch.equal(one.query.y, other.query.y) and not torch.equal(one.query.x, other.query.x)
+
+
+def test_test_classes_that_are_trained_on_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """As where datasets with splits of their own are mixed: here two of glyphs, one of which is shifted by a split."""
+    assemble(flags())
+    assert not caplog.text
+    shifted = f"{MODULE}:shifted"
+    assemble(replace(quickstart.Config(), sampler="mixed", sampler_args=(f"of=glyphs,{shifted}",)))
+    (line,) = caplog.messages
+    said = r"\d+ of the \d+ test classes are classes of train and val as well \(.*, \.\.\.\): they are not new to what is .*"
+    assert re.fullmatch(said, line)
 
 
 def test_a_model_without_a_seed_is_seeded_and_leaves_the_global_generator_alone(tmp_path: Path) -> None:

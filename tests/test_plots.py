@@ -161,10 +161,23 @@ def test_adaptation_of_several_runs_differs_in_dash_and_marker_and_says_the_numb
     assert series >= {"maml (first): mean", "anil (second): mean", "reptile (third): band", "chance", "chance 2"}
 
 
-def test_runs_that_shorten_to_one_name_keep_their_own_legend_entries(tmp_path: Path) -> None:
-    runs = [make(tmp_path / f"{'a' * 30}{n}{'b' * 30}", ACCURACY) for n in range(2)]
-    names = [text for text in legend(figures.training(runs)) if text.startswith("maml")]
-    assert names == ["maml (aaaaaaaaaaaaaa…bbbbbbbbbbbbb)"] * 2
+def test_runs_are_told_apart_by_their_names(tmp_path: Path) -> None:
+    """In the legend and in the numbers beside the figure: also where folders have one name or shorten to one."""
+    long = [f"{'a' * 30}{n}{'b' * 30}" for n in "01c"]
+    runs = [make(tmp_path / place, ACCURACY) for place in (*long[:2], "x/run", "y/run", f"{long[2][:30]}{'d' * 30}")]
+    figure = figures.training(runs)
+    names = [text.replace("\n", "") for text in legend(figure) if text.startswith("maml")]
+    ends = [long[0], long[1], "x/run", "y/run", "aaaaaaaaaaaaaa…ddddddddddddd"]
+    assert names == [f"maml ({end})" for end in ends]
+    assert {row[1].partition(":")[0] for row in numbers(figure)} >= set(names)
+
+
+def test_a_run_called_like_a_curve_is_no_curve(tmp_path: Path) -> None:
+    error = ACCURACY | {"metric": "squared error"}
+    runs = [make(tmp_path / "maml-mean-median", error), make(tmp_path / "ring", error)]
+    series = [row[1] for row in numbers(figures.adaptation(runs))]
+    own = {f"maml ({name}): {what}" for name in ("maml-mean-median", "ring") for what in ("mean", "median", "ring", "band")}
+    assert set(series) == own
 
 
 def test_values_that_are_not_finite_leave_a_gap(tmp_path: Path) -> None:

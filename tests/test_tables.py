@@ -1,6 +1,7 @@
 """Tables of results: their cells from the runs, bold only where it is earned, and files that ask for them."""
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,25 @@ def test_bold_is_the_best_where_it_is_clear_of_all_others(place: Path) -> None:
     other = json.loads((place / "reference" / "b" / "curve.json").read_text()) | {"task_list_hash": "others"}
     (place / "reference" / "b" / "curve.json").write_text(json.dumps(other))
     assert bold("a", "b") == [], "other tasks cannot be compared"
+
+
+def test_of_an_unknown_metric_none_is_bold(tmp_path: Path) -> None:
+    values = torch.rand(20, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    runs = [run(tmp_path / n, n, values + d, name="macro recall") for n, d in (("maml", 0.5), ("anil", 0.1))]
+    assert not any("**" in row["as trained"] for row in cells(of_runs(runs)))
+
+
+def test_the_share_of_lost_tasks_is_what_the_mean_leaves_out(tmp_path: Path) -> None:
+    values = torch.rand(10, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    runs = []
+    for seed, lost in enumerate((slice(0, 2), slice(2, 4))):
+        own = values.clone()
+        own[lost] = math.nan
+        runs.append(run(tmp_path / f"{seed}", "maml", own, name="squared error", seed=seed))
+    (row,) = cells(of_runs(runs))
+    kept = values[4:, 1]
+    assert row["as trained"].startswith(f"{kept.mean():.3f} ± ") and row["as trained"].endswith("40.0% of tasks lost")
+    assert f"(median {kept.quantile(0.5):.3f})" in row["as trained"]
 
 
 def test_bold_is_the_smallest_error(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import tqdm
 from PIL import Image
 from scipy.io import savemat
 
@@ -403,6 +405,13 @@ def test_medmnist_files_are_pooled_and_divided(colour: bool, labels: tuple[int, 
             assert [label_of(bank, c) for c in range(bank.classes)] == [{int(name)} for name in bank.names]
         forget()
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_medmnist_is_read_alike_without_a_progress_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tqdm.tqdm", partial(tqdm.tqdm, disable=True))  # as by TQDM_DISABLE=1
+    npz(tmp_path / "somemnist.npz")
+    bank = med.medmnist("train", tmp_path, "somemnist.npz")
+    assert [label_of(bank, c) for c in range(bank.classes)] == [{int(name)} for name in bank.names]
 
 
 def test_another_file_of_the_same_name_is_another_cache(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from toolkit.evaluate import calibrate, evaluate
 from toolkit.flags import Flags
 from toolkit.learner import Learner, Meta
 from toolkit.plan import Plan, ordered
+from toolkit.rules import Frozen
 from toolkit.runs import checkpoint
 from toolkit.runs.entry import entered, put_in_line_again, refuse, settle, slurm_job
 from toolkit.runs.folder import NOT_HASHED, Run, config_hash, source_hash, write_json
@@ -277,9 +278,10 @@ def _shown(row: dict[str, float], record: Record, learner: Learner, tasks: int) 
 
 
 def _validate(job: Job, meta: Meta, quiet: bool) -> dict[str, float]:
-    """The validation row, after the steps of training; what pretraining made is judged after those of the test."""
+    """The validation row, after the steps of training; after those of the test where there are none and the test takes some."""
     flags, judging = job.flags, parts.judging(job.flags, job.plan)
-    steps = flags.eval_steps if job.learner.pretrain else job.learner.steps
+    later = job.learner.pretrain or not (job.learner.steps or isinstance(job.learner.rule, Frozen))
+    steps = flags.eval_steps if later else job.learner.steps
     sizes, trace = (flags.val_tasks, steps, flags.eval_seed, "val"), job.plan.records
     with tqdm(total=flags.val_tasks, desc="validate", unit="task", leave=False, delay=2, disable=quiet) as bar:
         curve = evaluate(

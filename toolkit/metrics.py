@@ -86,7 +86,7 @@ def reliability(prediction: Tensor, y: Tensor) -> Tensor:
 
 def ece(diagram: Tensor) -> Tensor:
     """The expected calibration error of (..., 3, BINS), means of `reliability`: the gap between confidence and accuracy, over
-    all bins (Guo et al. 2017, equation 3), of all tasks' queries together."""
+    all bins (Guo et al. 2017, equation 3), of all tasks' queries together, each task with the same weight."""
     return (diagram[..., 1, :] - diagram[..., 2, :]).abs().sum(-1)
 
 
@@ -102,6 +102,13 @@ MEASURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "by_class": by_class,
     "reliability": reliability,
 }
+
+
+def direction(metric_name: str) -> int:
+    """1 for a metric that is better when larger, -1 when smaller, 0 where its name does not tell: called an accuracy, or an
+    error or a loss."""
+    last = metric_name.split()[-1:] or [""]
+    return {"accuracy": 1, "error": -1, "loss": -1}.get(last[0], 0)
 
 
 def of_ways(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:

@@ -1,23 +1,29 @@
-"""Which classes a sampler draws from, and a warning where a model was pretrained on some of them."""
+"""Warnings where test classes are not new: those of training, or those that a model was pretrained on."""
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from toolkit.data.bank import ClassBank
+from toolkit.samplers.faults import banks_of
 
 log = logging.getLogger("toolkit")
 
 
-def banks_of(sampler: Any) -> list[ClassBank]:
-    """The banks that a sampler draws from, itself or by the samplers that it is around."""
-    inner = [getattr(sampler, "sampler", None), *getattr(sampler, "samplers", ())]
-    bank = getattr(sampler, "bank", None)
-    own = [bank] if isinstance(bank, ClassBank) else []
-    return own + [found for each in inner if each is not None for found in banks_of(each)]
+def warn_of_splits(samplers: Mapping[str, Any]) -> None:
+    """One warning where test classes are among those of training or validation, by their names: as of two datasets in a mixture
+    whose splits cross. Classes that have but a number for a name may be others under the same number."""
+    classes = {split: {name for bank in banks_of(sampler) for name in bank.names} for split, sampler in samplers.items()}
+    test = {name for name in classes.pop("test", set()) if not re.fullmatch(r"(class )?\d+", name)}
+    shared = {split: both for split, names in classes.items() if (both := sorted(test & names))}
+    if shared:
+        both = sorted({name for names in shared.values() for name in names})
+        log.warning(
+            "%d of the %d test classes are classes of %s as well (%s): they are not new to what is learned or chosen there",
+            len(both), len(test), " and ".join(shared), ", ".join(both[:3]) + ", ..." * (len(both) > 3),
+        )  # fmt: skip
 
 
 def warn_of_overlap(name: str, model: nn.Module, classes: Sequence[str]) -> None:

@@ -21,10 +21,11 @@ from toolkit.flags import Flags, build
 from toolkit.learner import Learner, Loss
 from toolkit.metrics import accuracy, cross_entropy, of_ways, squared_error
 from toolkit.models.weights import load, read
-from toolkit.overlap import banks_of, warn_of_overlap
+from toolkit.overlap import warn_of_overlap, warn_of_splits
 from toolkit.plan import Plan, compiled_plan, default_plan
 from toolkit.randomness import kept
 from toolkit.samplers import AllClasses, Augmented, Episodes, crop_flip
+from toolkit.samplers.faults import banks_of
 from toolkit.task import Padded, Task, TaskSampler, draw, move, take
 from toolkit.tuning import tell_outputs
 
@@ -70,6 +71,7 @@ def assemble(flags: F, device: str | None = None, needed: Sequence[str] = SPLITS
     looks = [draw(sampler, LOOKED_AT, flags.seed, split=split) for split, sampler in samplers.items()]
     kind = _kind(list(samplers.values()), looks)
     bank = None if looks[0].support.y.is_floating_point() else bank  # then its classes are no targets
+    warn_of_splits(samplers)
     with torch.device(device) if device else nullcontext():
         tokens = next((each.tokens for each in banks_of(samplers["train"]) if each.tokens), None)
         flags, network = _model(flags, looks[0], kind.outputs, tokens)
@@ -77,7 +79,8 @@ def assemble(flags: F, device: str | None = None, needed: Sequence[str] = SPLITS
         learner = build(flags, network, bank.classes if bank else None, **kind.score)
     if not device and kind.score["metric"] is accuracy:
         tell_outputs(flags.model, learner, take(looks[0], 0), kind.outputs)
-    whole = AllClasses(bank, sum(batch.y.shape[1] for batch in looks[0])) if bank else None
+    batch = sum(each.y.shape[1] for each in looks[0])
+    whole = _augmented(flags, AllClasses(bank, batch), "train") if bank else None
     training, validation, test = (samplers.get(split, samplers["train"]) for split in SPLITS)
     return flags, learner, Tasks(training, validation, test, kind.chance, whole)
 

@@ -21,6 +21,7 @@ from toolkit.runs.summary import Outcome, summarise
 from toolkit.task import IGNORED, Padded, Task, TaskSampler, draw, move, take
 
 SHOWN_STEPS = (0, 1, 5, 10)
+LOOKED_AT = 8  # test tasks, to see their size
 
 
 def judged(
@@ -48,9 +49,10 @@ def judged(
     (curve,) = found
     if group.rank:
         return {}
-    first = move(take(draw(test, 1, flags.eval_seed), 0), flags.device)
+    looks = draw(test, min(LOOKED_AT, flags.eval_tasks), flags.eval_seed, split="test")
+    first = move(take(looks, 0), flags.device)
     write_json(folder / "curve.json", curve.to_json())
-    traces = traces | {"sizes": sizes(first, 1 + getattr(flags, "support_copies", 0))}
+    traces = traces | {"sizes": sizes(looks, 1 + getattr(flags, "support_copies", 0))}
     if tensors := example(flags, learner, outcome.best, test):
         from safetensors.torch import save_file
 
@@ -74,15 +76,19 @@ def judged(
     return summary
 
 
-def sizes(task: Task, copies: int = 1) -> dict[str, int | None]:
-    """Ways and shots of a task as its support set shows them, of which each example stands there so many times; None for what
-    differs from class to class, and ways for regression."""
-    y = task.support.y
+def sizes(tasks: Task, copies: int = 1) -> dict[str, int | None]:
+    """Ways and shots of a batch of tasks as their support sets show them, of which each example stands there so many times;
+    None for what differs from class to class or from task to task, and ways for regression."""
+    y = tasks.support.y
     if y.is_floating_point():
-        return {"ways": None, "shots": len(y) // copies}
-    counts = y[y >= 0].bincount()
-    same = len(counts) and bool((counts == counts[0]).all())
-    return {"ways": len(counts), "shots": int(counts[0]) // copies if same else None}
+        return {"ways": None, "shots": y.shape[1] // copies}
+    counts = [labels[labels >= 0].bincount() for labels in y.flatten(1)]
+    ways = {len(each) for each in counts}
+    shots = {int(n) for each in counts for n in each}
+    return {
+        "ways": ways.pop() if len(ways) == 1 else None,
+        "shots": shots.pop() // copies if len(shots) == 1 else None,
+    }
 
 
 def example(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from toolkit.data.bank import ClassBank
+from toolkit.data.images import on_white
 from toolkit.errors import UserError
 
 QUICK = ("targets", "labels", "_labels", "y")
@@ -195,7 +196,8 @@ def _image(raw: Any, size: int | None, channels: int | None, what: str) -> Tenso
         item = item[None]
     elif item.dim() == 3:
         last, ahead = item.shape[-1] in (1, 3), item.shape[0] in (1, 3)
-        if last and (not ahead or isinstance(raw, np.ndarray)):
+        numpy = isinstance(raw, np.ndarray)
+        if (last and (numpy or not ahead)) or (numpy and not ahead and item.shape[-1] in (2, 4)):
             item = item.permute(2, 0, 1)
     if item.dim() != 3:
         if size or channels:
@@ -206,13 +208,14 @@ def _image(raw: Any, size: int | None, channels: int | None, what: str) -> Tenso
 
 
 def _pixels(image: Any, channels: int | None, what: str) -> Any:
-    """A PIL image as uint8 (height, width) or (height, width, 3): greyscale stays so, every other kind becomes RGB."""
+    """A PIL image as uint8 (height, width) or (height, width, 3), white where it is transparent: greyscale stays so, every
+    other kind becomes RGB."""
     import numpy as np
 
     if image.mode.startswith(("I", "F")):
         raise UserError(f"{what} has pixels of PIL's mode {image.mode!r}, more than 8 bits; convert it in the dataset")
     natural = "L" if image.mode in ("1", "L", "LA") else "RGB"
-    pixels = np.array(image.convert({1: "L", 3: "RGB"}.get(channels or 0, natural)))
+    pixels = np.array(on_white(image).convert({1: "L", 3: "RGB"}.get(channels or 0, natural)))
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
@@ -236,7 +239,13 @@ def _resized(item: Tensor, size: int) -> Tensor:
 
     arrays = [channel.numpy() if item.dtype == torch.uint8 else channel.float().numpy() for channel in item]
     resized = [Image.fromarray(np.ascontiguousarray(a)).resize((size, size), Image.Resampling.LANCZOS) for a in arrays]
-    return torch.stack([torch.from_numpy(np.array(a)) for a in resized]).to(item.dtype)
+    found = torch.stack([torch.from_numpy(np.array(a)) for a in resized])
+    if item.dtype == torch.bool:
+        return found > 0.5
+    if not item.is_floating_point():
+        limits = torch.iinfo(item.dtype)
+        found = found.double().round().clamp(limits.min, limits.max)
+    return found.to(item.dtype)
 
 
 def _differs(first: Tensor, item: Tensor, i: int, source: str) -> UserError:

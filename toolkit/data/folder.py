@@ -139,6 +139,9 @@ def _classes(files: Files) -> list[Listed]:
             f"{files.root} has class folders in {' and '.join(sorted(named))}, but no {' and no '.join(missing)}; add it, "
             "or put all class folders beside one another to have them split"
         )
+    if len(named) > len(SPLITS):
+        both = " and ".join(sorted(top for top in named if list(named.values()).count(named[top]) > 1))
+        raise UserError(f"{files.root} has the folders {both}, which name one split; put all of its classes into one of them")
     places = [(split, f"{top}/{c}") for top, split in named.items() for c in tops[top]] or [("", top) for top in tops]
     images: dict[str, list[str]] = {place: [] for _, place in places}
     depth = 2 if named else 1

@@ -207,11 +207,20 @@ def _eight_bits(image: "Image") -> "Image":
 
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64).clip(0, 65535)
+        values = np.where(values == image.info.get("transparency"), 65535, values)
         return Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    image = on_white(image)
     return image if image.mode in ("L", "RGB") else image.convert("RGB")
+
+
+def on_white(image: "Image") -> "Image":
+    """The image, white where it is transparent; as RGB where it may be."""
+    from PIL import Image
+
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def _below(folder: Path | str, prefix: str) -> Iterator[tuple[str, tuple[int, int] | None]]:

@@ -66,24 +66,24 @@ def _pooled(archive: zipfile.ZipFile, path: Path) -> ClassBank:
             raise UserError(
                 f"{part}_labels of {path} has shape {labels[-1].shape} for {shape[0]} images; tasks need one label each"
             )
-    flat = np.concatenate([each.reshape(-1) for each in labels])
+    flat = [int(label) for each in labels for label in each.reshape(-1)]
 
     def pairs() -> Iterator[tuple[Tensor, Any]]:
         from tqdm import tqdm
 
-        with tqdm(total=len(flat), desc=f"reading {path.name}", leave=False, delay=1) as bar:
+        with tqdm(flat, desc=f"reading {path.name}", leave=False, delay=1) as bar:
+            label = iter(bar)
             for part, shape in zip(PARTS, shapes, strict=True):
                 with archive.open(f"{part}_images.npy") as member:
                     _header(member, part)
                     for _ in range(shape[0]):
-                        yield _image(member, shape[1:]), int(flat[bar.n])
-                        bar.update()
+                        yield _image(member, shape[1:]), next(label)
 
     def fill(write: Write) -> dict[str, Any]:
         return {"labels": written(write, pairs(), path.name)}
 
     shape = (3, *shapes[0][1:3]) if len(shapes[0]) == 4 else (1, *shapes[0][1:])
-    items, notes = stored(f"{slug(path.stem)}-{sha256(path)[:16]}-v1", len(flat), shape, fill)
+    items, notes = stored(f"{slug(path.stem)}-{sha256(path)[:16]}-v2", len(flat), shape, fill)
     return grouped(items, notes["labels"], None, path.stem)
 
 

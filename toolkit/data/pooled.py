@@ -45,7 +45,7 @@ def pooled(
     def fill(write: Write) -> dict[str, Any]:
         return {"labels": written(write, read(whole, size, channels, name), name, relabel)}
 
-    items, notes = stored(f"{slug(name)}-{digest.hexdigest()[:16]}-v1", len(whole), tuple(looks[0][0].shape), fill)
+    items, notes = stored(f"{slug(name)}-{digest.hexdigest()[:16]}-v2", len(whole), tuple(looks[0][0].shape), fill)
     return grouped(items, notes["labels"], names, name, relabel)
 
 

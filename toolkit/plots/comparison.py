@@ -19,11 +19,11 @@ NEAR = 0.5  # where the methods as trained lie within this part of the way from 
 
 @frame.styled()
 def comparison(rows: Sequence[dict[str, Any]], families: Mapping[str, Sequence[str]], title: str) -> Figure:
-    """The metric after 0..S inner steps, mean over seeds and tasks with its 95 % interval over tasks, for `rows` as
-    `toolkit.runs.comparison.rows` gives them; `families` names the methods of each panel. A ring marks the result as trained.
-    Accuracy is in percent with chance as a dotted line; where all methods end up close together far above chance, the axis is
-    of where they differ, and curves that begin at chance come in from below. Anything else is on a log axis, which a curve that
-    diverges leaves at the top. Raises UserError when no row is named."""
+    """The metric after 0..S inner steps, mean over seeds and tasks with its 95 % interval over tasks (each averaged over
+    seeds), for `rows` as `toolkit.runs.comparison.rows` gives them; `families` names the methods of each panel. A ring marks
+    the result as trained. Accuracy is in percent with chance as a dotted line; where all methods end up close together far
+    above chance, the axis is of where they differ, and curves that begin at chance come in from below. Anything else is on a
+    log axis, which a curve that diverges leaves at the top. Raises UserError when no row is named."""
     panels = {family: [row for row in rows if row["method"] in names] for family, names in families.items()}
     panels = {family: own for family, own in panels.items() if own}
     if not panels:
@@ -77,8 +77,8 @@ def _draw(axes: Axes, row: dict[str, Any], index: int, scale: float) -> frame.Le
     band: frame.Keywords = {"color": line.get_color(), "alpha": 0.2, "linewidth": 0}
     band |= {"label": f"{row['method']}: 95 % interval"}
     axes.fill_between(range(len(mean)), mean - half, mean + half, where=drawn.tolist(), **band)
-    k, over = row["trained_steps"], "tasks and seeds" if row.get("seeds", 1) > 1 else "tasks"
-    told = [frame.band(f"95 % interval over {over}{', where less than the mean' if scale == 1.0 else ''}")]
+    k = row["trained_steps"]
+    told = [frame.band(f"95 % interval over tasks{', where less than the mean' if scale == 1.0 else ''}")]
     if not math.isfinite(mean[k]):
         return told
     look = {"marker": "o", "markersize": 8, "mfc": "none", "mec": "0.2", "linestyle": "", "gid": row["method"]}

@@ -39,10 +39,10 @@ def adaptation(runs: Sequence[Run]) -> Figure:
     axes = figure.subplots()
     named: Legend = []
     shared: Legend = []
-    for index, (run, test) in enumerate(zip(runs, tests, strict=True)):
-        name = f"{frame.label(run)}\n{frame.numbers(run, test)}" if len(runs) > 1 else "mean, 95 % interval over tasks"
+    for index, (run, test, label) in enumerate(zip(runs, tests, frame.labels(runs), strict=True)):
+        name = f"{label}\n{frame.numbers(run, test)}" if len(runs) > 1 else "mean, 95 % interval over tasks"
         named += [(_curve(axes, test, index), name)]
-        shared += _marks(axes, run, test, index)
+        shared += _marks(axes, run, test, index, label if len(runs) > 1 else None)
     shared += [frame.band("95 % interval over tasks")] if len(runs) > 1 else []
     for chance in sorted({run.summary.get("chance") or 0.0 for run in runs} - {0.0}) if percent else []:
         line = axes.axhline(100 * chance, color="0.35", linestyle=":", linewidth=1.2, label="chance")
@@ -78,8 +78,8 @@ def training(runs: Sequence[Run]) -> Figure:
     for key, axes in zip(keys, panels, strict=True):
         scale = 100.0 if percent and key == "metric" else 1.0
         named: Legend = []
-        for index, run in enumerate(runs):
-            name = frame.label(run) if len(runs) > 1 else "training, bold: mean over 1/20 of it"
+        for index, (run, label) in enumerate(zip(runs, frame.labels(runs), strict=True)):
+            name = label if len(runs) > 1 else "training, bold: mean over 1/20 of it"
             named += [(_training(axes, run, key, scale, index), name)]
             shared += _validation(axes, run, key, scale, index)
         axes.set_ylabel(frame.unit(tests[0]) if key == "metric" else "loss")
@@ -179,15 +179,15 @@ def _curve(axes: Axes, test: Test, index: int) -> object:
     return band, line
 
 
-def _marks(axes: Axes, run: Run, test: Test, index: int) -> Legend:
-    """The median, where the metric is no accuracy, and the ring around the steps used in training."""
+def _marks(axes: Axes, run: Run, test: Test, index: int, owner: str | None) -> Legend:
+    """The median, where the metric is no accuracy, and the ring around the steps used in training, as `owner`'s."""
     marks: Legend = []
     if not frame.percent(test):
-        thin = frame.look(index) | {"linewidth": 0.9, "mfc": "white", "label": "median"}
+        thin = frame.look(index) | {"linewidth": 0.9, "mfc": "white", "label": "median", "gid": owner}
         marks += [(axes.plot(test["steps"], frame.column(test["median"]), **thin)[0], "median (open)")]
     if (k := result_step(run.result)) is not None and run.summary["inner_steps"] <= test["steps"][-1]:
         height = frame.column(test["mean"], 100.0 if frame.percent(test) else 1.0)[k]
-        ring: Keywords = {"marker": "o", "markersize": 10, "mfc": "none", "mec": "0.2", "linestyle": ""}
+        ring: Keywords = {"marker": "o", "markersize": 10, "mfc": "none", "mec": "0.2", "linestyle": "", "gid": owner}
         marks += [(axes.plot([test["steps"][k]], [height], **ring, label="ring")[0], "as trained")]
     return marks
 

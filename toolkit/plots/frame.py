@@ -18,7 +18,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from toolkit.errors import UserError
-from toolkit.runs.folder import Run, result_step
+from toolkit.runs.folder import Run, names, result_step
 
 STYLE = Path(__file__).with_name("toolkit.mplstyle")
 WIDTH, LINE = 3.4, 0.16  # inch: one column, one line of text
@@ -56,18 +56,21 @@ def rows(run: Run, key: str) -> list[dict[str, float]]:
     return [row for row in run.metrics if key in row]
 
 
-def label(run: Run) -> str:
-    """What names a run in a legend: its algorithm, and its folder in brackets, shortened in the middle when long."""
-    name, algorithm = run.path.resolve().name, str(run.known["algorithm"])
-    if len(name) > NAME:
-        name = f"{name[: NAME // 2]}…{name[1 - NAME // 2 :]}"
-    return algorithm if name == algorithm else f"{algorithm} ({name})"
+def labels(runs: Sequence[Run]) -> list[str]:
+    """What names each run in a legend: its algorithm, and the end of its folder's path that tells it from the others in
+    brackets, shortened in the middle when long, as far as it still tells."""
+    ends = names([run.path for run in runs])
+    short = [end if len(end) <= NAME else f"{end[: NAME // 2]}…{end[1 - NAME // 2 :]}" for end in ends]
+    methods = [str(run.known["algorithm"]) for run in runs]
+    told = list(zip(methods, short, strict=True))
+    shown = [end if told.count(one) > 1 else one[1] for one, end in zip(told, ends, strict=True)]
+    return [method if name == method else f"{method} ({name})" for method, name in zip(methods, shown, strict=True)]
 
 
 def heading(runs: Sequence[Run]) -> str:
     """What a figure shows: the samplers of the runs, each once, and the algorithm when there is one run."""
-    names = distinct([run.known["sampler"] for run in runs])
-    return names if len(runs) > 1 else f"{runs[0].known['algorithm']} on {names}"
+    samplers = distinct([run.known["sampler"] for run in runs])
+    return samplers if len(runs) > 1 else f"{runs[0].known['algorithm']} on {samplers}"
 
 
 def distinct(values: Sequence[Any]) -> str:

@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from toolkit.errors import UserError
 from toolkit.intervals import Difference, paired
+from toolkit.metrics import direction
 from toolkit.plots import frame
 from toolkit.runs.comparison import entries
 from toolkit.runs.folder import Run
@@ -53,9 +54,11 @@ def pairs(runs: Sequence[Run]) -> Figure:
     histogram.set(xlabel=f"{names[1]} minus {names[0]}{' (points)' * (scale > 1)}", ylabel="tasks")
     lost = f", {found.lost} left out without a finite value" if found.lost else ""
     head = [f"{frame.heading(runs)}, the same {first.curve.tasks} test tasks{lost}"]
-    head += [] if short else [f"A: {frame.label(runs[0])}, B: {frame.label(runs[1])}"]
-    better, worse = (found.wins, found.losses) if scale > 1 else (found.losses, found.wins)  # of errors, less is better
-    head += [f"{names[1]} better in {better}, equal in {found.ties}, worse in {worse}; sign test p = {found.p_sign:.2g}"]
+    head += [] if short else ["A: {}, B: {}".format(*frame.labels(runs))]
+    sign, score = direction(str(tests[0]["metric"])), (found.wins, found.ties, found.losses)
+    words = ("better", "worse") if sign else ("above", "below")
+    up, ties, down = reversed(score) if sign < 0 else score
+    head += [f"{names[1]} {words[0]} in {up}, equal in {ties}, {words[1]} in {down}; sign test p = {found.p_sign:.2g}"]
     return frame.finish(figure, "\n".join(head), [], shared, HEIGHT)
 
 

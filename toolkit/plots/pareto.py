@@ -10,6 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from toolkit.errors import UserError
+from toolkit.metrics import direction
 from toolkit.plots import frame
 
 PANEL = 2.0  # inch, the height of the axes of a panel
@@ -43,10 +44,11 @@ def pareto(rows: Sequence[dict[str, Any]], costs: Mapping[str, tuple[str, str]],
     text and the unit of its axis, on a log scale. Models have numbers, in the order of the rows. In each panel those that no
     other beats there are filled and joined by steps.
 
-    A row has `model`, `metric` (its name), `value` and `ci95`; accuracy is drawn in percent, of other metrics less is better.
-    What is not known is left out. Raises UserError when nothing is left.
+    A row has `model`, `metric` (its name), `value` and `ci95`; accuracy is drawn in percent. Where a metric's name does not
+    tell (`metrics.direction`), less is better. What is not known is left out. Raises UserError when nothing is left.
     """
-    sign, scale = (1, 100.0) if rows and rows[0]["metric"] == "accuracy" else (-1, 1.0)
+    metric = str(rows[0]["metric"]) if rows else ""
+    sign, scale = direction(metric) or -1, 100.0 if metric == "accuracy" else 1.0
     if not any(row["value"] is not None for row in rows):
         raise UserError("no model has a finite result; train longer, or with a smaller inner rate")
     columns = 2 if len(costs) > 1 else 1

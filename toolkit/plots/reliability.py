@@ -33,6 +33,7 @@ def reliability(runs: Sequence[Run]) -> Figure:
     figure = Figure()
     axes, strip = figure.subplots(2, 1, sharex=True, height_ratios=(PANEL, STRIP))
     axes.plot([0, 100], [0, 100], color="0.35", linestyle=":", marker="", label="as sure as right")
+    labels = frame.labels(runs)
     shown = [(runs[0], k) for k in sorted({0, _trained(runs[0])})] if len(runs) == 1 else [(run, _trained(run)) for run in runs]
     shared: frame.Legend = [(axes.get_lines()[0], "as sure as right")]
     named: frame.Legend = []
@@ -42,8 +43,8 @@ def reliability(runs: Sequence[Run]) -> Figure:
         most = max(most, float(np.nanmax(diagram[0], initial=0.0)))
         after = f"after {k} step{'s' * (k != 1)}"
         said = f"calibration error {100 * error:.1f} %" if np.isfinite(error) else "no finite prediction"
-        line = _draw(axes, strip, diagram, index, after if len(runs) == 1 else frame.label(run))
-        named.append((line, f"{after}: {said}" if len(runs) == 1 else f"{frame.label(run)}\n{said} {after}"))
+        line = _draw(axes, strip, diagram, index, after if len(runs) == 1 else labels[index])
+        named.append((line, f"{after}: {said}" if len(runs) == 1 else f"{labels[index]}\n{said} {after}"))
     if len(runs) == 1:
         x, y = line.get_data()
         gaps = axes.vlines(x, x, y, colors=line.get_color(), linewidth=0.8)

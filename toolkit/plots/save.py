@@ -115,7 +115,7 @@ def _drawn(axes: Axes) -> Iterator[tuple[str, Any, list[tuple[Value, Value, Valu
 def _name(artist: Any, fallback: str) -> str:
     label, owner = str(artist.get_label()), str((artist[0] if isinstance(artist, Container) else artist).get_gid() or "")
     label = fallback if label.startswith("_") else label
-    return label if label in owner or label.startswith(owner) else f"{owner}: {label}"
+    return label if owner.startswith((f"{label} (", f"{label},")) or label.startswith(owner) else f"{owner}: {label}"
 
 
 def _of_line(axes: Axes, line: Line2D, box: ErrorbarContainer | None) -> list[tuple[Value, Value, Value, Value]]:

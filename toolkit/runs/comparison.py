@@ -12,6 +12,7 @@ from torch import Tensor
 from toolkit.curve import Curve
 from toolkit.errors import UserError
 from toolkit.intervals import Difference, paired
+from toolkit.metrics import direction
 from toolkit.runs.folder import Run, config_hash, names, result_step
 
 
@@ -125,10 +126,15 @@ def _listed(seeds: Sequence[int]) -> str:
 
 def verdict(found: Difference, metric_name: str) -> str:
     """In words: better or worse only where the interval excludes 0, and not in favour of a side without a finite value on some
-    tasks; accuracy is better when larger, an error when smaller."""
-    better = (found.mean > 0) == (metric_name == "accuracy")
-    if not found.clear or (found.lost_a if better else found.lost_b):
+    tasks; accuracy is better when larger, an error when smaller, and of a metric called neither (`metrics.direction`) it is
+    said which it is."""
+    sign = direction(metric_name)
+    better = sign * found.mean > 0
+    lost = found.lost_a or found.lost_b if not sign else found.lost_a if better else found.lost_b
+    if not found.clear or lost:
         return "no difference shown"
+    if not sign:
+        return "larger" if found.mean > 0 else "smaller"
     return "better" if better else "worse"
 
 
@@ -137,10 +143,11 @@ def comparison(made: Sequence[Entry], step: int | None = None) -> str:
     base, name = made[0], made[0].curve.metric_name
     percent = name == "accuracy"
     width = max(len(entry.method) for entry in made)
+    score = "won, tied, lost" if direction(name) else "above, tied, below"
     where = "as trained" if step is None else f"after {step} step{'s' * (step != 1)}"
     lines = [
         f"{name}{' (%)' * percent} {where} on the same {base.curve.tasks} tasks, minus {base.method}",
-        f"{'method':{width}}  seeds  {'mean':>17}  {'difference':>19}  {'won, tied, lost':>17}  sign test",
+        f"{'method':{width}}  seeds  {'mean':>17}  {'difference':>19}  {score:>17}  sign test",
     ]
     for entry in made:
         if step is None and entry.curve.steps < entry.inner_steps:
@@ -151,10 +158,10 @@ def comparison(made: Sequence[Entry], step: int | None = None) -> str:
         line = f"{entry.method:{width}}  {len(entry.seeds):>5}  {_pair(*entry.mean(step), percent):>17}"
         if entry is not base:
             found = difference(entry, base, step)
-            won, lost = (found.wins, found.losses) if percent else (found.losses, found.wins)  # the smaller error wins
-            score = f"{won}, {found.ties}, {lost}"
+            won, lost = (found.losses, found.wins) if direction(name) < 0 else (found.wins, found.losses)
+            tasks = f"{won}, {found.ties}, {lost}"
             gap = _pair(found.mean, found.ci95, percent, signed=True)
-            line += f"  {gap:>19}  {score:>17}  p = {found.p_sign:<7.2g}  {verdict(found, name)}"
+            line += f"  {gap:>19}  {tasks:>17}  p = {found.p_sign:<7.2g}  {verdict(found, name)}"
             line += f" ({found.lost} tasks without a finite value left out)" if found.lost else ""
         lines.append(line)
     seeds = max(len(entry.seeds) for entry in made)
@@ -163,8 +170,9 @@ def comparison(made: Sequence[Entry], step: int | None = None) -> str:
 
 
 def rows(runs: Mapping[str, Sequence[Run]], base: str = "maml", seedless: Collection[str] = ()) -> list[dict[str, Any]]:
-    """The comparison as plain data, best first: per method the metric after 0..S steps with its interval, the paired difference
-    to `base` where that is among them, seconds, peak memory, what is learned and what adapts."""
+    """The comparison as plain data, best first (by loss, where the metric does not tell): per method the metric after 0..S
+    steps with its interval, the paired difference to `base` where that is among them, seconds, peak memory, what is learned and
+    what adapts."""
     made = entries(runs, seedless)
     by_name = {entry.method: entry for entry in made}
     result = []
@@ -191,11 +199,14 @@ def rows(runs: Mapping[str, Sequence[Run]], base: str = "maml", seedless: Collec
             "inner_lr": entry.runs[0].config["inner_lr"],
             "chance": entry.runs[0].summary["chance"],
         })  # fmt: skip
-    sign = -1 if made[0].curve.metric_name == "accuracy" else 1
+    sign, losses = direction(made[0].curve.metric_name), {entry.method: entry.curve for entry in made}
 
     def rank(row: dict[str, Any]) -> float:
         value = row["mean"][row["trained_steps"]]
-        return float("inf") if value is None else sign * value
+        if not sign and value is not None:
+            curve = losses[row["method"]]
+            value = _finite(float(curve.mean(curve.loss)[row["trained_steps"]]))
+        return math.inf if value is None else -(sign or -1) * value
 
     return sorted(result, key=rank)
 

@@ -61,7 +61,7 @@ class TensorBoard:
         except ImportError as error:
             raise UserError(f"--logger tensorboard needs a package ({error}); pip install tensorboard") from None
         # A resumed run writes anew what it lost; the older points of these iterations are hidden.
-        self.writer = SummaryWriter(folder / "tensorboard", purge_step=start or None)
+        self.writer = SummaryWriter(folder / "tensorboard", purge_step=start + 1 if start else None)
 
     def __call__(self, row: Row) -> None:
         for key, value in row.items():

@@ -101,7 +101,7 @@ def summarise(
         "inner_steps": learner.steps,
         "chance": chance,
         "test": test,
-        "card": card(curve, min(learner.steps, curve.steps)),
+        "card": card(curve, result_step({"inner_steps": learner.steps, "test": test}) or 0),
         "selected": outcome.selected,
         "cost": cost,
         "plan": asdict(outcome.plan),
@@ -117,7 +117,8 @@ def summarise(
 
 def card(curve: Curve, trained: int) -> dict[str, Any]:
     """What else evaluation measured, for every number of steps: means over tasks, the intervals of those that are one number,
-    the calibration error of all queries together; and which tasks are the worst after the steps of training."""
+    the calibration error of all queries together (each task weighs the same); and which tasks are the worst after the steps of
+    training."""
     found: dict[str, Any] = {}
     for name, spread in curve.card.items():
         found[name] = _plain(spread.mean())

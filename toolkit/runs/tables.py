@@ -14,6 +14,7 @@ from pathlib import Path
 
 from toolkit.errors import UserError, unknown
 from toolkit.files import replace
+from toolkit.metrics import direction
 from toolkit.runs.comparison import Entry, difference, entries, grouped
 from toolkit.runs.folder import Run, size_words
 
@@ -78,16 +79,16 @@ def _folders(place: Path, folder: str, seeds: int | None) -> list[Path]:
 
 def cells(rows: Sequence[Row]) -> list[dict[str, str]]:
     """The rows as words by column. "**" stands around the best result "as trained" of its tasks, where its paired difference to
-    every other row of these tasks excludes 0 (`intervals.paired`); so nowhere when test tasks differ, and not around a result
-    without those of some tasks."""
+    every other row of these tasks excludes 0 (`intervals.paired`); so nowhere when test tasks differ, not around a result
+    without those of some tasks, and not for a metric of which nobody knows what is better (`metrics.direction`)."""
     best = [_best([row for row in rows if row.tasks == one.tasks]) is one for one in rows]
     return [_cells(row, bold) for row, bold in zip(rows, best, strict=True)]
 
 
 def _best(rows: Sequence[Row]) -> Row | None:
-    if any(_cut(row.entry) for row in rows):
+    sign = direction(rows[0].entry.curve.metric_name)
+    if not sign or any(_cut(row.entry) for row in rows):
         return None
-    sign = 1 if rows[0].entry.curve.metric_name == "accuracy" else -1
     best = max(rows, key=lambda row: sign * row.entry.mean()[0])
     for other in rows:
         if other is best:
@@ -131,11 +132,11 @@ def _result(entry: Entry, step: int) -> str:
     mean, half = entry.mean(step)
     if mean - mean != 0:
         return "not finite"
-    percent, finite = entry.curve.metric_name == "accuracy", entry.values(step).isfinite()
+    percent, finite = entry.curve.metric_name == "accuracy", entry.values(step).isfinite().all(0)
     known = f"{100 * half:.2f}" if percent else f"{half:.3f}"
     text = f"{100 * mean:.2f}" if percent else f"{mean:.3f}"
     text += f" ± {known if math.isfinite(half) else '?'}"
-    text += "" if percent else f" (median {entry.values(step).nanquantile(0.5):.3f})"
+    text += "" if percent else f" (median {entry.curve.median()[step]:.3f})"
     return text if bool(finite.all()) else f"{text}, {1 - float(finite.double().mean()):.1%} of tasks lost"
 
 

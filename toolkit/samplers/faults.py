@@ -106,8 +106,7 @@ def sharing(stream: Stream, steady: bool) -> Finding:
     again, after = stream.one(0), stream.one(1)
     batches = stream.many(0, 4) if stream.batched else []
     task = stream.one(0)  # the last one drawn, so that what goes on from it shows
-    bank = bank_of(stream.sampler)
-    kept = [] if bank is None else [_range(bank.items)]
+    kept = [_range(bank.items) for bank in banks_of(stream.sampler)]
     for name, leaf in named(task):
         if any(_meet(_range(leaf), place) for place in kept):
             return Finding("sharing", "fault", f"{name} is a view of the bank, which changing it changes; return a copy")
@@ -170,18 +169,20 @@ def banked(sampler: TaskSampler) -> Any:
     return banked(sampler.sampler) if "sampler" in names else None  # type: ignore[attr-defined]
 
 
-def bank_of(sampler: TaskSampler) -> ClassBank | None:
-    """The bank that a sampler draws from, where it shows it."""
-    found = banked(sampler)
-    return None if found is None else found.bank
+def banks_of(sampler: Any) -> list[ClassBank]:
+    """The banks that a sampler shows, itself or by the samplers that it is around."""
+    inner = [getattr(sampler, "sampler", None), *getattr(sampler, "samplers", ())]
+    bank = getattr(sampler, "bank", None)
+    own = [bank] if isinstance(bank, ClassBank) else []
+    return own + [found for each in inner if each is not None for found in banks_of(each)]
 
 
 def leakage(one: Stream, other: Stream) -> Finding | None:
     """What two splits share: class names and items of their banks, or else the items that some tasks hold."""
-    banks = bank_of(one.sampler), bank_of(other.sampler)
     pair = f"{one.split} and {other.split}"
-    if banks[0] and banks[1]:
-        return _shared_classes(pair, banks[0], banks[1])
+    if (ours := banks_of(one.sampler)) and (theirs := banks_of(other.sampler)):
+        found = [_shared_classes(pair, a, b) for a in ours for b in theirs]
+        return min(filter(None, found), key=lambda each: each.level != "fault", default=None)
     drawn = [[batch for start in range(0, 4 * FEW, FEW) for batch in s.many(start, FEW)] for s in (one, other)]
     if not all(labelled(batch) and fits(batch.support) and fits(batch.query) for batches in drawn for batch in batches):
         return None

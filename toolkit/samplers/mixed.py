@@ -4,6 +4,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -144,8 +145,8 @@ def _made(name: str, given: dict[str, Any], sizes: dict[str, int]) -> TaskSample
         raise unknown("dataset or sampler", name, [*plugins.names("datasets"), *plugins.names("samplers")])
     target = plugins.resolve(name, kinds[0] if kinds else None)
     if not isinstance(target, type) and "generator" in plugins.takes(target):
-        sampler: TaskSampler = target
-        return sampler
+        taken = {key: given[key] for key in plugins.takes(target) if key in given}
+        return partial(target, **taken) if taken else target
     made = plugins.call(target, given, {}, f"{name} of the mixture")
     return Episodes(made, **sizes) if isinstance(made, ClassBank) else made
 
@@ -175,6 +176,6 @@ def _layout(tasks: Task) -> dict[str, str]:
 def _name(samplers: Sequence[TaskSampler], i: int) -> str:
     """The number, kind and, where it draws from a bank, source of a sampler."""
     sampler = samplers[i]
-    kind = getattr(sampler, "__name__", type(sampler).__name__)
+    kind = getattr(getattr(sampler, "func", sampler), "__name__", type(sampler).__name__)
     bank = getattr(sampler, "bank", None)
     return f"sampler {i} ({kind}{f' of {bank.source}' if isinstance(bank, ClassBank) else ''})"
