@@ -19,7 +19,7 @@ from tests.conftest import convolutional, task_batch
 from toolkit import Batch, Plan, Task, UserError, algorithms, distributed, evaluate, processes, train
 from toolkit.distributed import Group, here
 from toolkit.engine import gradient_function
-from toolkit.processes import join, leave
+from toolkit.processes import join, leave, speak
 from toolkit.rules import SGD
 from toolkit.sharded import whole
 from toolkit.task import take
@@ -165,8 +165,9 @@ def hung_first(group: Group) -> dict[str, Any]:
 
 
 def hung_within(group: Group) -> dict[str, Any]:
-    """The last process is alive, but comes late."""
-    time.sleep(5.0 if group.rank else 0.0)
+    """The first process is alive, but comes late; the others speak as those of an experiment."""
+    speak()
+    time.sleep(0.0 if group.rank else 5.0)
     group.gathered(0)
     return {}
 

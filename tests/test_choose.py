@@ -14,6 +14,7 @@ from tests.conftest import convolutional, dense, relative, task_batch
 from tests.test_harness import config
 from toolkit import Learner, Meta, Plan, Task, UserError, algorithms, choose, cli, meta_gradient, train
 from toolkit.choose import candidates, measured, peak, predicted, size
+from toolkit.distributed import Group
 from toolkit.engine import gradient_function
 from toolkit.experiment import run
 from toolkit.metrics import squared_error
@@ -184,6 +185,43 @@ def test_memory_that_one_task_does_not_find_is_an_error() -> None:
     learner = algorithms.maml(mlp(), loss=squared_error, metric=squared_error, inner_lr=0.01)
     with pytest.raises(UserError, match=r"out of memory by the plan '.*steps recomputed', which is the smallest; take"):
         list(train(learner, Sinusoid(5, 5), 3, 8, 1e-3, plan=Plan("vmap"), gradient=failing(above=0)))
+
+
+def test_sums_in_order_keep_their_pieces(caplog: pytest.LogCaptureFixture) -> None:
+    """Smaller pieces would be another order than that of the other processes; one by one they stay the same."""
+    learner = algorithms.maml(mlp(), loss=squared_error, metric=squared_error, inner_lr=0.01)
+    work, ordered = (learner, Sinusoid(5, 5), 3, 8, 1e-3), Group(0, 1, ordered=True)
+    with pytest.raises(UserError, match=r"out of memory by the plan 'vmap, 4 .*'; --reduce ordered .* anew with --chunk 2$"):
+        list(train(*work, plan=Plan("vmap", 4), gradient=failing(above=2), group=ordered))
+    *_, last = train(*work, plan=Plan("loop"), gradient=failing_once(), group=ordered)
+    *_, expected = train(*work, plan=Plan("loop"), group=ordered)
+    assert last.plan == Plan("loop", memory="recompute") and relative(last.meta, expected.meta) == 0
+    assert [record.levelname for record in caplog.records if "out of memory" in record.message] == ["ERROR"]
+
+
+def failing_once() -> Any:
+    """The engine on a machine whose memory is taken by something else for a moment, after some of the work."""
+    left = [1]
+
+    def gradient(learner: Learner, plan: Plan) -> Any:
+        def run(meta: Meta, tasks: Task, share: Any = None) -> Any:
+            found = gradient_function(learner, plan)(meta, tasks, share)
+            if left.pop() if left else 0:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return found
+
+        return run
+
+    return gradient
+
+
+def test_an_iteration_that_is_tried_again_has_the_same_noise() -> None:
+    layers = nn.Sequential(nn.Linear(1, 20), nn.Dropout(0.5), nn.Linear(20, 1))
+    learner = algorithms.maml(layers, loss=squared_error, metric=squared_error, inner_lr=0.01, adapts="*")
+    work = learner, Sinusoid(5, 5), 2, 4, 1e-3
+    first, _ = train(*work, plan=Plan("vmap", 2), gradient=failing_once())
+    expected, _ = train(*work, plan=Plan("vmap", 1))
+    assert first.plan == Plan("vmap", 1) and first.loss == expected.loss
 
 
 def test_only_a_lack_of_memory_is_one() -> None:

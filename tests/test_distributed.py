@@ -160,7 +160,7 @@ def test_of_a_process_that_takes_long_the_others_say_that_they_wait(tmp_path: Pa
     ends = finished(start(["-m", "tests.processes", "hung_within", str(tmp_path)], 2), 60)
     assert [code for code, *_ in ends] == [0, 0]
     said = [line for *_, errors in ends for line in errors.splitlines() if "wait for another" in line]
-    why = "some of the 2 processes wait for another for more than 2 s: it takes long, or it hangs"
+    why = "process 1: some of the 2 processes wait for another for more than 2 s: it takes long, or it hangs"
     assert said == [f"{why}; after 2 hours the run would end"]
 
 

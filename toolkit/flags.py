@@ -1,7 +1,6 @@
 """The command line: flags that all experiments share, presets, and errors as one sentence."""
 
 import logging
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from toolkit.cluster import asked, submit, without
 from toolkit.errors import UserError, in_words, plain_output
 from toolkit.learner import Learner
 from toolkit.metrics import accuracy, cross_entropy
-from toolkit.processes import join, leave, said_already, started
+from toolkit.processes import join, leave, said_already, speak
 from toolkit.rule_line import parse
 from toolkit.rules import Clip
 from toolkit.tuning import settings, tuned
@@ -227,9 +226,7 @@ def build(flags: Flags, model: nn.Module, classes: int | None = None, **given: A
 def launch(flags_type: type[F], body: Callable[[F], object], presets: dict[str, dict[str, Any]], doc: str) -> None:
     """Parses the command line into `flags_type` and calls `body`. A UserError becomes one sentence and exit code 2."""
     plain_output()
-    rank = os.environ.get("RANK", "0") if started() else "0"
-    logging.basicConfig(level=logging.WARNING, format="%(message)s" if rank == "0" else f"process {rank}: %(message)s")
-    log.setLevel(logging.INFO if rank == "0" else logging.ERROR)
+    speak()
     try:
         _launched(flags_type, body, presets, doc)
     finally:

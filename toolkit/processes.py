@@ -99,6 +99,13 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def speak() -> None:
+    """The messages of this process on stderr: all of the first process of several, and the errors of the others."""
+    rank = os.environ.get("RANK", "0") if started() else "0"
+    logging.basicConfig(level=logging.WARNING, format="%(message)s" if rank == "0" else f"process {rank}: %(message)s")
+    log.setLevel(logging.INFO if rank == "0" else logging.ERROR)
+
+
 def said_already(sentence: str) -> bool:
     """Whether another process has said this sentence: so that all who stumble over the same thing say it once."""
     if not JOINED:
@@ -134,8 +141,8 @@ def _watch(notes: Store, over: threading.Event, beats: list[int], beat: float, p
             _end(reason)
         if any(time.monotonic() - since > patience for since in WAITING):  # for one that is alive, and may still come
             say = f"some of the {size} processes wait for another for more than {patience:.0f} s: it takes long, or it hangs"
-            if not said_already(say):
-                log.warning("%s; after %.0f hours the run would end", say, STUCK.total_seconds() / 3600)
+            if not said_already(say):  # by one process, which need not be the first, the only one to say warnings
+                log.error("%s; after %.0f hours the run would end", say, STUCK.total_seconds() / 3600)
 
 
 def _guard(over: threading.Event, beats: list[int], beat: float, patience: float) -> None:

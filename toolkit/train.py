@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ class Record(NamedTuple):
 
 
 class NoMemory(UserError):
-    """One task alone needs more memory than there is."""
+    """Memory ran out, and there is no smaller plan, or none that adds in the same order."""
 
 
 class NotFinite(UserError):
@@ -137,8 +138,8 @@ def _records(
         batch = sample if whole else move(draw(sampler, len(part), seed, i * tasks + part.start), device)
         share = Share(part.start, tasks, group.fold, sample if i == first else batch)
         noise = stream_seed(seed, f"dropout {group.rank}" if group.rank else "dropout", i)
-        with kept(noise) if random else nullcontext():
-            (grads, metrics), plan = _within_memory(gradient, learner.at(i / iterations), plan, meta, batch, share)
+        work = partial(gradient, learner.at(i / iterations)), (meta, batch, share)
+        (grads, metrics), plan = _within_memory(*work, plan, noise if random else None, group.ordered)
         gradients = pytree.tree_leaves(grads)
         length = get_total_norm(gradients)
         if not torch.isfinite(metrics.loss + length):
@@ -157,24 +158,33 @@ def _records(
 
 
 def _within_memory(
-    gradient: Gradient, learner: Learner, plan: Plan, meta: Meta, batch: Task, share: Share
+    gradient: Callable[[Plan], Any], work: tuple[Meta, Task, Share], plan: Plan, noise: int | None, fixed: bool
 ) -> tuple[tuple[Meta, Metrics], Plan]:
-    """The meta-gradient, by a smaller plan when memory runs out, and the plan that was used."""
+    """The meta-gradient, by a smaller plan when memory runs out, and the plan that was used. What is random is seeded with
+    `noise` in each attempt; where the order of sums is `fixed`, pieces stay as they are."""
     while True:
         try:
-            return gradient(learner, plan)(meta, batch, share), plan
+            with nullcontext() if noise is None else kept(noise):
+                return gradient(plan)(*work), plan
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 if said := unmapped(error, plan):
                     raise said from error
                 raise
-            smaller = plan.smaller(count(batch))
+            tasks = count(work[1])
+            smaller = plan.smaller(tasks)
+            if fixed and plan.size(tasks) > 1:
+                raise NoMemory(
+                    f"out of memory by the plan '{plan}'; --reduce ordered adds in pieces of this size, whatever runs out, so "
+                    f"begin anew with --chunk {plan.size(tasks) // 2}"
+                ) from None
             if smaller is None:
                 raise NoMemory(
                     f"out of memory by the plan '{plan}', which is the smallest; take fewer inner steps, shots or queries, a "
                     "smaller model, or freeze a part of it"
                 ) from None
-        log.warning("out of memory by the plan '%s'; going on with '%s'", plan, smaller)
+        # As an error, which each process says that it happens to, and not the first alone.
+        log.error("out of memory by the plan '%s'; going on with '%s'", plan, smaller)
         plan = smaller
 
 
