@@ -268,7 +268,8 @@ def test_truncated_order_goes_from_first_to_second(rule: str) -> None:
 
 
 ORDERS = {
-    **dict.fromkeys(("third", "firsts", "", "truncated", "annealed", "truncated:", "second:2", "first:1", "implicit:1"),
+    "": "^no order was given; give one of annealed:0.3, first, implicit, second, truncated:2$",
+    **dict.fromkeys(("third", "firsts", "truncated", "annealed", "truncated:", "second:2", "first:1", "implicit:1"),
                     r"^unknown order '.*\(known: annealed:0\.3, first, implicit, second, truncated:2\)$"),
     **dict.fromkeys(("truncated:-1", "truncated:1.5", "truncated:x"), "give the number of last inner steps .* as truncated:2$"),
     **dict.fromkeys(("annealed:-1", "annealed:1.5", "annealed:x", "annealed:nan"), r"give the fraction .* as annealed:0\.3$"),

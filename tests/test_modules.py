@@ -13,7 +13,7 @@ from tests.conftest import convolutional, dense, relative, task_batch
 from toolkit import Learner, UserError, algorithms, meta_gradient
 from toolkit.models import surgery
 from toolkit.models.surgery import attention_head, lora, warped, widened, with_context
-from toolkit.modules import copy_modules, select, without_head
+from toolkit.modules import copy_modules, reached, select, without_head
 from toolkit.task import take
 from toolkit.tree import matches
 
@@ -222,12 +222,16 @@ def test_another_width_of_head() -> None:
 
 
 def test_context_at_normalisation_without_weights_of_its_own() -> None:
-    """InstanceNorm2d has none by default, and nothing is named that cannot listen."""
-    model = named(a=nn.Conv2d(1, 2, 3), norm=nn.InstanceNorm2d(2), flat=nn.Flatten(), c=nn.Linear(72, 2))
+    """InstanceNorm2d has none by default. In front of it, context would be normalised away."""
     x = inputs("convolutional")
-    assert relative(with_context(model)(x), model(x)) < 1e-12
-    with pytest.raises(UserError, match=r"these layers can: a, c$"):
-        with_context(model, layer="norm")
+    for norm in (nn.InstanceNorm2d(2), nn.BatchNorm2d(2, affine=False), nn.GroupNorm(1, 2, affine=False), nn.GroupNorm(2, 2)):
+        model = named(a=nn.Conv2d(1, 2, 3), norm=norm, flat=nn.Flatten(), c=nn.Linear(72, 2))
+        made = with_context(model)
+        assert relative(made(x), model(x)) < 1e-12
+        (name,) = (name for name in names(made) if name.endswith("context"))
+        assert name == "norm.context"
+        made(x).square().sum().backward()
+        assert float(made.get_parameter(name).grad.norm()) > 1e-2
 
 
 def test_layers_chosen_by_a_predicate() -> None:
@@ -363,7 +367,9 @@ def test_a_model_without_its_head() -> None:
     model, x = network(), inputs("linear")
     body = without_head(model, "head")
     assert body is not None and set(names(body)) == {n for n in names(model) if not n.startswith("head")}
-    assert torch.equal(body(x), model[:-1](x)) and body(x).shape == (9, 4)
+    assert torch.equal(reached(lambda: body(x), "head"), model[:-1](x))
+    with pytest.raises(UserError, match="the model does not use its layer 'head', so that is no head; name the last linear"):
+        reached(lambda: x, "head")
     assert body.get_parameter("first.weight") is model.get_parameter("first.weight")
     assert isinstance(model.get_submodule("head"), nn.Linear)
     middle = without_head(model, "second")

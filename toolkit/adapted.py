@@ -29,7 +29,7 @@ from toolkit.engine import exact_layers
 from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta
 from toolkit.models.adapters import fold
-from toolkit.modules import listed
+from toolkit.modules import in_evaluation, listed
 from toolkit.norms import TRANSDUCTIVE, batch_norms, tracked_instance_norms
 from toolkit.starts import inherited
 from toolkit.task import Batch, Input
@@ -217,7 +217,9 @@ def merged(learner: Learner, meta: Meta, fast: Params, support: Input | None = N
     memo: dict[int, object] = {id(buffer): buffer.to(device, copy=True) for buffer in learner.model.buffers()}
     for name, p in learner.model.named_parameters():
         memo[id(p)] = nn.Parameter(weights.get(name, p).detach().to(device), requires_grad=p.requires_grad)
-    result = copy.deepcopy(learner.model, memo).eval()
+    if script := next((n for n, m in learner.model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None):
+        raise UserError(f"the scripted module {script!r} keeps its own weights in every copy; merge one that is not scripted")
+    result = in_evaluation(copy.deepcopy(learner.model, memo))
     if norms := batch_norms(result):
         stats = _statistics(learner, meta, fast, support)
         for name in norms:

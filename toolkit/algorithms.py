@@ -24,12 +24,13 @@ from toolkit.objectives import reptile as reptile_objective
 from toolkit.order import with_order
 from toolkit.outer import Outer
 from toolkit.plugins import resolve, takes
-from toolkit.rule_line import parse
+from toolkit.rule_line import parsed
 from toolkit.rules import SGD, Frozen, PerStep, Proximal, Rule
 from toolkit.starts import BlankHead, Memory, Prototypes, Ridge, SharedHead, inherited, zeros
 from toolkit.tree import Selection
 
 STAGES = 10
+AnyRule = Rule | str | None
 
 
 def maml(
@@ -41,7 +42,7 @@ def maml(
     adapts: Selection = "*",
     metric: Loss = accuracy,
     batch_norm: str = "batch",
-    rule: Rule | str | None = None,
+    rule: AnyRule = None,
     order: str = "second",
     inner_batch: int | None = None,
     outer: Outer | None = None,
@@ -52,9 +53,8 @@ def maml(
 
     `order` is a word of `toolkit.order`, such as "first" or "truncated:2"; `rule` may be a line of `toolkit.rule_line`.
     """
-    rule = parse(rule) if isinstance(rule, str) else rule
     learner = Learner(
-        model, loss, adapts, inherited, rule or SGD(inner_lr), inner_steps, last_step, metric, batch_norm,
+        model, loss, adapts, inherited, parsed(rule) or SGD(inner_lr), inner_steps, last_step, metric, batch_norm,
         batch=inner_batch, outer=outer or Outer(), head=head, name=name,
     )  # fmt: skip
     return with_order(learner, order)
@@ -132,13 +132,13 @@ def imaml(
     lam: float = 2.0,
     cg_steps: int = 5,
     damping: float = 0.0,
-    rule: Rule | None = None,
+    rule: AnyRule = None,
     name: str = "imaml",
     **shared: Any,
 ) -> Learner:
     """Implicit MAML: a long proximal path, not differentiated, and the implicit gradient at its end (Rajeswaran et al. 2019,
     algorithms 1 and 2). The gradient is exact in the limit of a converged path and solved system."""
-    rule, shared = Proximal(rule or SGD(inner_lr), lam), _without(name, shared, "order")
+    rule, shared = Proximal(parsed(rule) or SGD(inner_lr), lam), _without(name, shared, "order")
     learner = maml(model, rule=rule, inner_steps=inner_steps, name=name, **shared | {"order": "first"})
     return replace(learner, objective=Implicit(lam, cg_steps, damping))
 
@@ -176,10 +176,10 @@ def r2d2(model: nn.Module, *, head: str = "head", name: str = "r2d2", **shared: 
     return replace(_stepless(_checked_head(model, head), head, name, shared), start=Ridge())
 
 
-def meta_curvature(model: nn.Module, *, inner_lr: float = 0.4, rule: Rule | None = None, axes: int = 3,
+def meta_curvature(model: nn.Module, *, inner_lr: float = 0.4, rule: AnyRule = None, axes: int = 3,
                    name: str = "meta_curvature", **shared: Any) -> Learner:  # fmt: skip
     """Gradients multiplied along every axis by a learned matrix (Park & Oliva 2019)."""
-    return maml(model, rule=Preconditioned(rule or SGD(inner_lr), axes), name=name, **shared)
+    return maml(model, rule=Preconditioned(parsed(rule) or SGD(inner_lr), axes), name=name, **shared)
 
 
 def kfo(model: nn.Module, *, name: str = "kfo", **shared: Any) -> Learner:
@@ -193,9 +193,9 @@ def warp_grad(model: nn.Module, *, head: str = "head", name: str = "warp_grad", 
     return maml(warped(_checked_head(model, head), head), adapts=lambda n: ".warp." not in n, head=head, name=name, **shared)
 
 
-def alfa(model: nn.Module, *, inner_lr: float = 0.4, rule: Rule | None = None, name: str = "alfa", **shared: Any) -> Learner:
+def alfa(model: nn.Module, *, inner_lr: float = 0.4, rule: AnyRule = None, name: str = "alfa", **shared: Any) -> Learner:
     """Rates and decays made by a small network from gradients and weights in every step (Baik et al. 2020, algorithm 1)."""
-    return maml(model, rule=Alfa(rule or SGD(inner_lr)), name=name, **shared)
+    return maml(model, rule=Alfa(parsed(rule) or SGD(inner_lr)), name=name, **shared)
 
 
 def metal(model: nn.Module, *, name: str = "metal", **shared: Any) -> Learner:

@@ -21,7 +21,7 @@ from toolkit.distributed import Share, added
 from toolkit.engine import GradientFunction, Metrics, exact_layers, gradient_function, placed
 from toolkit.errors import UserError, unknown
 from toolkit.learner import Learner, Meta, Score, support_loss
-from toolkit.modules import without_head
+from toolkit.modules import reached, without_head
 from toolkit.objectives import last_step
 from toolkit.plan import Plan
 from toolkit.randomness import kept
@@ -92,11 +92,15 @@ def backend(name: str) -> Gradient:
 
 def _adapted_score(learner: Learner, body: nn.Module | None, clone: Any, task: Task) -> Score:
     """The query score of one task after the inner steps of `clone`, on the features of `body` if there is one."""
-    support, query = (x if body is None else _call(body, x) for x in (task.support.x, task.query.x))
+    support, query = (x if body is None else _features(learner, body, x) for x in (task.support.x, task.query.x))
     for _ in range(learner.steps):
         clone.adapt(learner.loss(_call(clone, support), task.support.y))
     prediction = _call(clone, query)
     return Score(learner.loss(prediction, task.query.y), learner.metric(prediction, task.query.y))
+
+
+def _features(learner: Learner, body: nn.Module, x: Input) -> Tensor:
+    return reached(lambda: _call(body, x), learner.head)
 
 
 def _call(module: nn.Module, x: Input) -> Tensor:

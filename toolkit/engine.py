@@ -23,7 +23,8 @@ from toolkit.allocator import keep_freed_memory, map_each_tensor
 from toolkit.distributed import Share, added
 from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta, Score
-from toolkit.plan import Plan, default_plan, unmapped
+from toolkit.modules import refuse_moved
+from toolkit.plan import Plan, default_plan, refuse_unfit, unmapped
 from toolkit.prefix import features, in_double, shortened, with_features
 from toolkit.recorded import Recorder, layout
 from toolkit.task import Task, count, take
@@ -84,7 +85,7 @@ def gradient_function(learner: Learner, plan: Plan) -> GradientFunction:
         """What only the first batch of these shapes needs."""
         _check_batch(tasks)
         if not ready:
-            refuse_random(learner, plan, tasks)
+            refuse_unfit(learner, plan, tasks)
             if tasks.support.y.device.type == "cpu":
                 keep_freed_memory() if plan.memory == "unroll" else map_each_tensor()
             one = take(share.sample, slice(0, 1))
@@ -104,10 +105,12 @@ def gradient_function(learner: Learner, plan: Plan) -> GradientFunction:
     def gradient(meta: Meta, tasks: Task, share: Share | None = None) -> tuple[Meta, Metrics]:
         share = share or Share(0, count(tasks), added, tasks)
         with exact_layers(learner):
-            if (key := layout((meta, tasks))[0]) not in prepared:
+            if new := (key := layout((meta, tasks))[0]) not in prepared:
                 prepare(meta, tasks, share)
                 prepared.add(key)
+            before = {name: p._version for name, p in meta.params.items()} if new else {}
             grads, (task_loss, task_metric) = share.fold(pieces_of(meta, tasks, share))
+        refuse_moved(name for name, version in before.items() if meta.params[name]._version != version)
         return grads, Metrics(task_loss.mean(), task_metric.mean(), task_loss, task_metric)
 
     return gradient
@@ -122,16 +125,6 @@ def placed(score: Score, start: int, total: int) -> Score:
         return row
 
     return Score(*map(wide, score))
-
-
-def refuse_random(learner: Learner, plan: Plan, tasks: Task) -> None:
-    """Raises UserError for a learner that draws random numbers where the plan cannot repeat them."""
-    cannot = plan.map == "threads" or plan.memory == "recompute" or plan.records
-    if cannot and learner.rehearse(take(tasks, 0)):
-        raise UserError(
-            "the model or a part of the learner draws random numbers (dropout?), which threads, recompute and recorded or "
-            "compiled code cannot repeat; use map 'vmap' or 'loop' with memory 'unroll', no trace and no compile"
-        )
 
 
 def _check_batch(tasks: Task) -> None:
@@ -158,7 +151,20 @@ def runner(learner: Learner, plan: Plan) -> Runner:
         torch.set_num_threads(1)
 
     pool = ThreadPoolExecutor(plan.workers or torch.get_num_threads(), "tasks", start_thread)
-    return lambda work, pieces: pool.map(lambda piece: work(local.learner, piece), pieces)
+
+    def run(work: Callable[[Learner, Task], Any], pieces: Iterable[Task]) -> Iterator[Any]:
+        # The precision around this call, which every thread has for itself.
+        kinds = {kind: torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)}
+
+        def of_piece(piece: Task) -> Any:
+            with ExitStack() as stack:
+                for kind, dtype in kinds.items():
+                    stack.enter_context(torch.autocast(kind, dtype, cache_enabled=False))
+                return work(local.learner, piece)
+
+        return pool.map(of_piece, pieces)
+
+    return run
 
 
 def precision(plan: Plan, tasks: Task) -> Any:

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from toolkit.curve import Curve, Spread
 from toolkit.distributed import ALONE, Group
-from toolkit.engine import Runner, exact_layers, lift_for, precision, refuse_random, runner
+from toolkit.engine import Runner, exact_layers, lift_for, precision, runner
 from toolkit.errors import UserError
 from toolkit.learner import Learner, Loss, Meta
 from toolkit.metrics import MEASURES, is_of_ways, of_ways, within
-from toolkit.plan import Plan, default_plan
+from toolkit.plan import Plan, default_plan, refuse_unfit, unmapped
 from toolkit.prefix import features, in_double, shortened, with_features
 from toolkit.randomness import kept
 from toolkit.recorded import Recorder
@@ -80,10 +80,15 @@ def evaluate(
                 with exact_layers(learner):
                     random = _judged(learner).rehearse(take(drawn, 0))
                 plan = plan or replace(default_plan(_judged(learner), drawn), trace=trace and not random)
-                refuse_random(_judged(learner), plan, drawn)
+                refuse_unfit(_judged(learner), plan, drawn)
                 more = measures_of(learner, drawn) if measures is None else tuple(measures.items())
                 with kept(stream_seed(seed, f"dropout {split}", block.start)) if random else nullcontext():
-                    pieces, seconds = judge(learner, plan, steps, permutations, more)(meta, drawn, told)
+                    try:
+                        pieces, seconds = judge(learner, plan, steps, permutations, more)(meta, drawn, told)
+                    except RuntimeError as error:
+                        if said := unmapped(error, plan):
+                            raise said from error
+                        raise
                 found = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
                 spent.append(seconds / len(block))
         for block, results in zip(blocks[mine:], group.gathered(found), strict=False):

@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 
 from toolkit.errors import UserError
 from toolkit.metrics import accuracy
-from toolkit.modules import copy_modules, places, select, without_head
-from toolkit.norms import Norms, batch_norms, check_policy, tell_dropped
+from toolkit.modules import copy_modules, in_evaluation, places, reached, select, unchanged, without_head
+from toolkit.norms import Norms, batch_norms, check_policy, tell_changed
 from toolkit.outer import PLAIN, Outer
 from toolkit.randomness import kept, states
 from toolkit.task import Batch, Input, Padded, Task, minibatch
@@ -133,14 +133,11 @@ class Learner:
             names = tuple(name for name in names if name not in self._norm_params())
         object.__setattr__(self, "adapted_names", names)
         model = copy_modules(self.model)
-        if not self.training:
-            model.eval()
-        object.__setattr__(self, "model", model)
+        object.__setattr__(self, "model", model if self.training else in_evaluation(model))
         object.__setattr__(self, "headless", without_head(model, self.head))
         self.rule.check(self.adapted_names, self.steps)
         for part in (self.start, self.inner, self.objective):
-            if check := getattr(part, "check", None):
-                check(self)
+            getattr(part, "check", lambda learner: None)(self)
 
     def init(self) -> Meta:
         """The meta-parameters to start from: copies of the model's current weights, and what the parts learn."""
@@ -179,7 +176,7 @@ class Learner:
 
     def embed(self, meta: Meta, fast: Params, x: Input) -> Tensor:
         """What the head gets for `x`, shape (examples, features). Raises UserError when the model has no such head."""
-        return self._run(self.body(), meta, fast, x, None, 0)[0]
+        return reached(lambda: self._run(self.body(), meta, fast, x, None, 0), self.head)
 
     def body(self) -> nn.Module:
         """The model without its head. Raises UserError when the model has no layer of the head's name."""
@@ -194,6 +191,8 @@ class Learner:
         stats: Params = {}
         for given, mean, variance in norms.seen:
             name = next(n for n, buffer in buffers.items() if buffer is given).removesuffix("running_mean")
+            if f"point{k}/{name}running_mean" in stats:
+                raise UserError(f"batch norm {name[:-1]!r} runs twice in a pass, with statistics of its own each time; use two")
             stats[f"point{k}/{name}running_mean"] = mean.flatten()
             stats[f"point{k}/{name}running_var"] = variance.flatten()
         return stats
@@ -216,7 +215,7 @@ class Learner:
             x = pytree.tree_map(lambda s, q: torch.cat([s, q]), support_x, x)
         x, real = x if isinstance(x, Padded) else (x, None)
         inputs = ((), x) if isinstance(x, dict) else ((x,), {})
-        with Norms(policy, first, real, pytree.tree_leaves(x)[0].shape[0]) as norms:
+        with Norms(policy, first, real, pytree.tree_leaves(x)[0].shape[0]) as norms, unchanged(model):
             given = buffers | params
             own = {place: given[name] for place, name in names.items() if name in given}
             return functional_call(model, own, *inputs, tie_weights=False)[first:], norms, buffers
@@ -235,7 +234,7 @@ class Learner:
         with kept():
             before, meta = states(self.model), self.init()
             _, norms, buffers = self._run(self.model, meta, {}, x, None, 0)
-            tell_dropped(self.model, buffers)
+            tell_changed(self.model, buffers, meta.params)
             return Observed(states(self.model) != before, bool(norms.seen), norms.attention)
 
     @property
@@ -260,6 +259,7 @@ class Learner:
                 seen = None if self.batch_norm == "per_step" else task.support.x  # whose statistics may be still to come
                 prediction = self.predict(meta, fast, task.query.x, seen)
                 _ = self.loss(prediction, task.query.y), self.metric(prediction, task.query.y)
+                tell_changed(self.model, {}, meta.params)
                 return bool(self.seen.setdefault("random", states(self.model) != before))
         except UserError:
             raise

@@ -5,7 +5,9 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
+from types import FunctionType
 
 from torch import Tensor, nn
 
@@ -79,26 +81,103 @@ def blocks(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in found if not any(name.startswith(f"{other}.") for other in found))
 
 
+class Reached(Exception):
+    """The head of a model is reached, with this input."""
+
+
+class _End(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise Reached(x)
+
+
 def without_head(model: nn.Module, head: str) -> nn.Module | None:
-    """A copy of the model whose layer `head` passes its input on; None when there is no layer of this name."""
+    """A copy of the model that ends where its layer `head` would begin, for `reached`; None when there is no layer of this
+    name."""
     if head not in dict(model.named_modules()) or not head:
         return None
     body = copy_modules(model)
-    body.set_submodule(head, nn.Identity())
+    body.set_submodule(head, _End())
     return body
+
+
+def reached(call: Callable[[], object], head: str) -> Tensor:
+    """What the head gets in a `call` of a model `without_head`, whatever the model would do behind it. Raises UserError where
+    its forward does not come by there."""
+    try:
+        call()
+    except Reached as found:
+        return found.args[0]  # type: ignore[no-any-return]
+    raise UserError(f"the model does not use its layer {head!r}, so that is no head; name the last linear layer with head=")
+
+
+def in_evaluation(model: nn.Module) -> nn.Module:
+    """The model, its modules marked as in evaluation mode. Not by `eval()`, in which a module may change its weights, as some
+    adapters do, which are shared."""
+    for module in model.modules():
+        module.training = False
+    return model
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Attributes that modules set meanwhile are put back."""
+    before = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for now, own in before:
+            now.clear()
+            now.update(own)
 
 
 def copy_modules(model: nn.Module) -> nn.Module:
     """A copy of the module tree that shares the tensors of `model`. Swapping parameters in it leaves `model` alone. Raises
-    UserError for a layer that cannot be copied."""
+    UserError for a layer that cannot be copied, or not such that the copy works with its own weights."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    _refuse_closures(model, {*shared, *map(id, model.modules())})
     try:
-        return copy.deepcopy(model, shared)
+        copied = copy.deepcopy(model, shared)
+        for module in copied.modules():
+            if isinstance(module, nn.TransformerEncoder):
+                # Else torch goes over to nested tensors in evaluation, which have other results and cannot be mapped.
+                module.enable_nested_tensor = module.use_nested_tensor = False
+        return copied
     except RuntimeError as error:  # of tensors that a layer computed and keeps
         raise UserError(
             f"a layer of the model cannot be copied ({str(error).splitlines()[0]}); for torch.nn.utils.weight_norm use "
             "torch.nn.utils.parametrizations.weight_norm"
         ) from error
+
+
+def _refuse_closures(model: nn.Module, own: Container[int]) -> None:
+    """Raises UserError for a function in a module, or a hook of it, that holds on to modules or tensors of the model: it would
+    go on with those in every copy."""
+    for name, module in model.named_modules():
+        if type(module).__setstate__ is not nn.Module.__setstate__:
+            continue  # which sees to its copies itself
+        for what in (*vars(module).values(), *module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if isinstance(what, FunctionType) and any(id(getattr(one, "__self__", one)) in own for one in _held(what)):
+                place = f"module {name!r}" if name else "the model"
+                raise UserError(
+                    f"{place} keeps a function ({what.__qualname__}) that holds on to the model's own layers or weights, and "
+                    "would use those in place of adapted ones; make it a method"
+                )
+
+
+def _held(function: FunctionType) -> Iterator[object]:
+    yield from function.__defaults__ or ()
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # an empty one
+            yield cell.cell_contents
+
+
+def refuse_moved(weights: Iterable[str]) -> None:
+    """Raises UserError for weights, by name, that a forward pass has changed: they would move behind the back of both loops."""
+    if names := list(weights):
+        raise UserError(
+            f"the model changes its own weights in place when it is called ({listed(names)}); make them of others instead, as "
+            "torch.nn.utils.parametrize does"
+        )
 
 
 def places(part: nn.Module, model: nn.Module) -> dict[str, str]:

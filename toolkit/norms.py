@@ -36,7 +36,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from toolkit import kernels
 from toolkit.errors import UserError, unknown
-from toolkit.modules import listed
+from toolkit.modules import listed, refuse_moved
 
 log = logging.getLogger("toolkit")
 _warned = WeakIdKeyDictionary()  # statistics that a warning was given of: copies of a learner share them
@@ -61,6 +61,8 @@ class Norms(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func in _REFUSED and not getattr(args[-1], "__module__", "").startswith("torch."):  # whose counters hook on tensors
+            raise UserError(f"the model uses {getattr(func, '__qualname__', func)}, {_REFUSED[func]}")
         if func in (F.scaled_dot_product_attention, F.multi_head_attention_forward):
             self.attention = True
         if func is F.batch_norm:
@@ -205,6 +207,15 @@ _REPLACED: dict[Any, Callable[..., Any]] = {
 }
 
 
+_UNSEEN = (
+    "whose second derivative torch gets wrong under vmap; use the layer of torch.nn or its function in torch.nn.functional"
+)
+_UNSAID = "by which a weight changes unseen; make it of another one, as torch.nn.utils.parametrize does"
+_HOOK = "but a hook on a tensor sees other gradients by each plan; scale or clip in the forward instead"
+_REFUSED: dict[Any, str] = dict.fromkeys((torch.native_layer_norm, torch.native_batch_norm, torch.native_group_norm), _UNSEEN)
+_REFUSED |= {Tensor.register_hook: _HOOK, Tensor.data.__set__: _UNSAID}  # type: ignore[attr-defined]
+
+
 def _affine(
     x: Tensor, mean: Tensor, variance: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None, shape: list[int]
 ) -> Tensor:
@@ -256,9 +267,11 @@ def check_policy(model: nn.Module, policy: str) -> None:
         )
 
 
-def tell_dropped(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+def tell_changed(model: nn.Module, buffers: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
     """Warns once of what a model changed in fresh copies of its buffers, which nobody will see: such as the vectors of a
-    spectral norm. The counts of batch norm are not used."""
+    spectral norm. The counts of batch norm are not used. Raises UserError for fresh copies of weights that it changed, as by
+    clipping them."""
+    refuse_moved(name for name, it in params.items() if it._version)
     changed = [name for name, it in buffers.items() if it._version and not name.endswith("num_batches_tracked")]
     own = {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if name in changed}
     if not all(buffer in _warned for buffer in own.values()):

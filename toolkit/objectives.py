@@ -6,6 +6,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch.func import grad, vjp
 
 from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta, Score
+from toolkit.modules import listed
 from toolkit.task import Task
 from toolkit.tree import Params, detach, dot, tree_map
 
@@ -62,6 +64,14 @@ def reptile(learner: Learner, meta: Meta, path: Iterable[Params], task: Task) ->
     return with_gradient(score.loss, points[0], tree_map(torch.sub, points[0], points[-1])), score
 
 
+def _check_learns_nothing(learner: Learner, what: str) -> None:
+    if learned := learner.rule.learned(learner.adapted(dict(learner.model.named_parameters()))):
+        raise UserError(f"{what} does not reach what the rule would learn ({listed(learned)}); take a rule that learns nothing")
+
+
+reptile.check = partial(_check_learns_nothing, what="Reptile's difference of weights")  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True)
 class Implicit:
     """The gradient of the query loss at w*, the minimum of support loss + lam / 2 |w - w_0|^2, by the implicit function theorem
@@ -87,6 +97,7 @@ class Implicit:
             raise UserError(
                 "an implicit gradient does not differentiate the path; use order=0 with it, which algorithms call 'first'"
             )
+        _check_learns_nothing(learner, "an implicit gradient")
 
     def __call__(self, learner: Learner, meta: Meta, path: Iterable[Params], task: Task) -> tuple[Tensor, Score]:
         *_, end = path

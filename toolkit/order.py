@@ -40,5 +40,9 @@ def with_order(learner: Learner, order: str) -> Learner:
             raise UserError(f"{learner.name} has phases of its own, between which order {order!r} would stand; take it without")
         return replace(learner, order=None, phases=((0.0, {"order": 0}), (float(number), {})))
     if kind == "implicit":
+        if phases:
+            raise UserError(
+                f"{learner.name} has objectives of its own phases, which order {order!r} would replace; take it without"
+            )
         return replace(learner, rule=Proximal(learner.rule), objective=Implicit(), order=0)
     return replace(learner, order=None, phases=phases)

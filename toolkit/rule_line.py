@@ -44,6 +44,11 @@ def parse(line: str) -> Rule:
     return Groups(*groups.items())
 
 
+def parsed(rule: Rule | str | None) -> Rule | None:
+    """A rule given as such, as a line of text, or not at all."""
+    return parse(rule) if isinstance(rule, str) else rule
+
+
 def _rule(entry: str, text: str) -> Rule:
     try:
         return _built(*text.split())

@@ -120,7 +120,8 @@ class Prompted(nn.Sequential):
 
 def fold(model: nn.Module) -> nn.Module:
     """A copy that computes the same with plain layers: low-rank updates, ours and those of peft, are added into the weights of
-    the layers around which they stand. All other tensors are shared with `model`. Grouped convolutions lose their groups."""
+    the layers around which they stand. All other tensors are shared with `model`. Grouped convolutions lose their groups; a
+    layer with a forward of its own, which may do anything with its weight, keeps its update beside it."""
     result = copy_modules(model)
     layer: Any
     for name, module in reversed(list(result.named_modules())):  # what lies within another one comes first
@@ -132,6 +133,8 @@ def fold(model: nn.Module) -> nn.Module:
             layer, which = module.get_base_layer(), "weight"  # type: ignore[operator]
             weight = sum((module.get_delta_weight(a) for a in module.active_adapters), layer.weight)  # type: ignore
         else:
+            continue
+        if not _is_plain(layer):
             continue
         layer = copy_modules(layer)  # which may stand at other places too, without an update
         if parametrize.is_parametrized(layer):
@@ -146,6 +149,13 @@ def fold(model: nn.Module) -> nn.Module:
             if other is module:
                 result.set_submodule(place, layer)
     return result
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    kind: Any = parametrize.type_before_parametrizations(layer)
+    ours = [base for base in (nn.Linear, nn.Conv2d, nn.MultiheadAttention) if issubclass(kind, base)]
+    own = ("forward", "_conv_forward")
+    return bool(ours) and all(getattr(kind, name, None) is getattr(ours[0], name, None) for name in own)
 
 
 def _settle(layer: Any) -> None:

@@ -49,7 +49,8 @@ class Context(nn.Module):
         super().__init__()
         self.layer, self.film = layer, not isinstance(layer, nn.Linear)
         self.context = nn.Parameter(torch.zeros(size))
-        self.generate = nn.Linear(size, layer.weight.shape[0] * (2 if self.film else 1), bias=False)
+        width = layer.weight.shape[0] if layer.weight is not None else _channels(layer)
+        self.generate = nn.Linear(size, width * (2 if self.film else 1), bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y, change = self.layer(x), self.generate(self.context)
@@ -57,6 +58,10 @@ class Context(nn.Module):
             return y + change  # type: ignore[no-any-return]
         scale, shift = change.view(2, -1, *[1] * (y.dim() - 2))
         return y * (1 + scale) + shift  # type: ignore[no-any-return]
+
+
+def _channels(norm: Any) -> int:
+    return int(norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features)
 
 
 class Attention(nn.Module):
@@ -162,7 +167,8 @@ def prompted(model: nn.Module, tokens: int = 10, seed: int = 0) -> nn.Module:
 
 
 def warped(model: nn.Module, head: str = "head") -> nn.Module:
-    """A copy with a warp layer after every linear and convolutional layer but the head; its parameters are `*.warp.weight`."""
+    """A copy with a warp layer after every linear layer and convolution of images but the head; its parameters are
+    `*.warp.weight`."""
     layers = tuple(name for name in _chosen(model, "*") if name != head)
     if not layers:
         raise UserError(f"the model has no layer but its head {head!r}, so there is none to warp; use a deeper one")
@@ -176,7 +182,7 @@ def with_context(model: nn.Module, size: int | None = None, layer: str | None = 
     al. 2019, section 5); where normalisation follows, it is that one, since it would undo what comes before it."""
     if size is not None and size < 1:
         raise UserError(f"{size} context parameters; give at least 1")
-    hear = {name: m for name, m in _called(model, nn.Linear | nn.Conv2d | Norm).items() if m.weight is not None}
+    hear = _called(model, nn.Linear | nn.Conv2d | Norm)
     convolutions = [name for name, m in hear.items() if isinstance(m, nn.Conv2d)]
     chosen = layer or (convolutions[min(2, len(convolutions) - 1)] if convolutions else next(iter(hear), ""))
     following = dict(pairwise(hear)).get(chosen)
@@ -229,7 +235,10 @@ def _exchanged(model: nn.Module, names: list[str], made: Callable[[str, Any], nn
     result = copy.deepcopy(model)
     for name in names:
         layer = result.get_submodule(name)
-        new = made(name, layer).to(next(layer.parameters()))
+        like = next(iter((*layer.parameters(), *result.parameters())))
+        new, inside = made(name, layer).to(like), set(layer.modules())
+        for module in new.modules():
+            module.training = module.training if module in inside else layer.training
         if not name:
             return new
         for place, module in list(result.named_modules(remove_duplicate=False)):
