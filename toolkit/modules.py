@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from types import FunctionType
 
+import torch
 from torch import Tensor, nn
 
 from toolkit.errors import UserError
@@ -121,7 +122,8 @@ def in_evaluation(model: nn.Module) -> nn.Module:
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Attributes that modules set meanwhile are put back."""
-    before = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
+    plain = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]  # which lie elsewhere
+    before = [(module.__dict__, dict(module.__dict__)) for module in plain]
     try:
         yield
     finally:
