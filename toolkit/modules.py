@@ -238,7 +238,7 @@ def _chain(module: nn.Module, name: str, uses: Counter[int]) -> Iterator[tuple[s
     elif isinstance(declared, tuple | list) and all(isinstance(entry, str) for entry in declared):
         names = declared
     else:
-        names = list(module._modules) if type(module).forward is nn.Sequential.forward else None
+        names = list(module._modules) if getattr(type(module), "forward", None) is nn.Sequential.forward else None
     if names is None:
         yield name, module
         return
