@@ -17,7 +17,7 @@ from toolkit.allocator import return_freed_memory
 from toolkit.engine import gradient_function
 from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta
-from toolkit.plan import Plan, compiled_plan, default_plan, is_scripted, out_of_memory
+from toolkit.plan import Plan, compiled_plan, default_plan, out_of_memory
 from toolkit.task import Task, count, take
 
 log = logging.getLogger("toolkit")
@@ -91,7 +91,7 @@ def candidates(learner: Learner, tasks: Task, trace: bool = True, compile: bool 
     first = default_plan(learner, tasks)
     found = [first]
     random = learner.rehearse(take(tasks, 0))
-    if trace and not random and not is_scripted(learner.model):
+    if trace and not random:
         found += [Plan(first.map, first.chunk, trace=True)]
         if first.map == "threads":
             found += [Plan("threads", 1, trace=True)] * (first.chunk != 1) + [Plan("loop", trace=True)]

@@ -23,8 +23,8 @@ from toolkit.allocator import keep_freed_memory, map_each_tensor
 from toolkit.distributed import Share, added
 from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta, Score
-from toolkit.modules import refuse_moved
-from toolkit.plan import Plan, default_plan, refuse_unfit, unmapped
+from toolkit.modules import refuse_moved, refuse_scripted_norms
+from toolkit.plan import Plan, default_plan, refuse_random, unmapped
 from toolkit.prefix import features, in_double, shortened, with_features
 from toolkit.recorded import Recorder, layout
 from toolkit.task import Task, count, take
@@ -85,7 +85,9 @@ def gradient_function(learner: Learner, plan: Plan) -> GradientFunction:
         """What only the first batch of these shapes needs."""
         _check_batch(tasks)
         if not ready:
-            refuse_unfit(learner, plan, tasks)
+            refuse_random(learner, plan, tasks)
+            if learner.order != 0 and learner.steps:
+                refuse_scripted_norms(learner.model)
             if tasks.support.y.device.type == "cpu":
                 keep_freed_memory() if plan.memory == "unroll" else map_each_tensor()
             one = take(share.sample, slice(0, 1))

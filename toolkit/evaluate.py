@@ -17,7 +17,7 @@ from toolkit.engine import Runner, exact_layers, lift_for, precision, runner
 from toolkit.errors import UserError
 from toolkit.learner import Learner, Loss, Meta
 from toolkit.metrics import MEASURES, is_of_ways, of_ways, within
-from toolkit.plan import Plan, default_plan, refuse_unfit, unmapped
+from toolkit.plan import Plan, default_plan, refuse_random, unmapped
 from toolkit.prefix import features, in_double, shortened, with_features
 from toolkit.randomness import kept
 from toolkit.recorded import Recorder
@@ -80,7 +80,7 @@ def evaluate(
                 with exact_layers(learner):
                     random = _judged(learner).rehearse(take(drawn, 0))
                 plan = plan or replace(default_plan(_judged(learner), drawn), trace=trace and not random)
-                refuse_unfit(_judged(learner), plan, drawn)
+                refuse_random(_judged(learner), plan, drawn)
                 more = measures_of(learner, drawn) if measures is None else tuple(measures.items())
                 with kept(stream_seed(seed, f"dropout {split}", block.start)) if random else nullcontext():
                     try:

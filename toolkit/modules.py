@@ -173,6 +173,17 @@ def _held(function: FunctionType) -> Iterator[object]:
             yield cell.cell_contents
 
 
+def refuse_scripted_norms(model: nn.Module) -> None:
+    """Raises UserError for norms in scripted modules, into which nothing can look: torch.func gets their second derivative
+    wrong, and nobody can put the right formula in its place."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) and "_norm(" in str(getattr(module, "inlined_graph", "")):
+            raise UserError(
+                f"the scripted module {name!r} has a norm, whose second derivative torch gets wrong where nothing can look "
+                "into it; give the module that was scripted, or take order 'first'"
+            )
+
+
 def refuse_moved(weights: Iterable[str]) -> None:
     """Raises UserError for weights, by name, that a forward pass has changed: they would move behind the back of both loops."""
     if names := list(weights):

@@ -107,10 +107,10 @@ def default_plan(learner: Learner, tasks: Task) -> Plan:
     """The plan for a learner and a batch like `tasks` when none is given and nothing shall be measured.
 
     Vmap in general; for convolutions on a CPU threads with pieces of a few tasks, since a wide vmap there costs memory and
-    time; a loop for recurrent layers, which vmap cannot map, and for scripted modules, into which it cannot look.
+    time; a loop for recurrent layers, which vmap cannot map.
     """
     modules = list(learner.model.modules())
-    if any(isinstance(module, nn.RNNBase | nn.RNNCellBase) for module in modules) or is_scripted(learner.model):
+    if any(isinstance(module, nn.RNNBase | nn.RNNCellBase) for module in modules):
         return Plan("loop")
     convolutional = any(isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) for module in modules)
     on_cpu = tasks.support.y.device.type == "cpu"
@@ -118,11 +118,6 @@ def default_plan(learner: Learner, tasks: Task) -> Plan:
         return Plan("vmap")
     pixels = sum(leaf.numel() for leaf in pytree.tree_leaves((tasks.support.x, tasks.query.x))) // count(tasks)
     return Plan("threads", chunk=max(1, min(8, PIXELS_PER_PIECE // pixels)))
-
-
-def is_scripted(model: nn.Module) -> bool:
-    """Whether a model has modules of torch.jit."""
-    return any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
 
 
 def ordered(plan: Plan, chunk: int = 1) -> Plan:
@@ -136,16 +131,10 @@ def compiled_plan(plan: Plan) -> Plan:
     return replace(wide, compile=True)
 
 
-def refuse_unfit(learner: Learner, plan: Plan, tasks: Task) -> None:
-    """Raises UserError for a learner that draws random numbers where the plan cannot repeat them, and for scripted modules
-    under a plan that has to look into them."""
-    plain = plan.memory == "unroll" and not plan.records
-    if not (plain and plan.map == "loop") and is_scripted(learner.model):
-        raise UserError(
-            "the model has scripted modules, into which nothing can look, so that norms in them get wrong second derivatives "
-            "by this plan; use map 'loop' with memory 'unroll', no trace and no compile, or the module that was scripted"
-        )
-    if not (plain and plan.map != "threads") and learner.rehearse(take(tasks, 0)):
+def refuse_random(learner: Learner, plan: Plan, tasks: Task) -> None:
+    """Raises UserError for a learner that draws random numbers where the plan cannot repeat them."""
+    cannot = plan.map == "threads" or plan.memory == "recompute" or plan.records
+    if cannot and learner.rehearse(take(tasks, 0)):
         raise UserError(
             "the model or a part of the learner draws random numbers (dropout?), which threads, recompute and recorded or "
             "compiled code cannot repeat; use map 'vmap' or 'loop' with memory 'unroll', no trace and no compile"

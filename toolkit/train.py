@@ -16,7 +16,7 @@ from toolkit.distributed import ALONE, Group, Share
 from toolkit.engine import GradientFunction, Metrics, gradient_function
 from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta
-from toolkit.plan import Plan, default_plan, ordered, out_of_memory, refuse_unfit, unmapped
+from toolkit.plan import Plan, default_plan, ordered, out_of_memory, refuse_random, unmapped
 from toolkit.randomness import kept
 from toolkit.sharded import masters, publish, restored
 from toolkit.task import Task, TaskSampler, count, draw, move, stream_seed, take
@@ -95,7 +95,7 @@ def shared(learner: Learner, plan: Plan, tasks: int, group: Group, sample: Task)
     UserError where the group cannot share so few, or the plan or the group cannot repeat what is drawn. `sample` are some
     tasks."""
     part = group.part(tasks, plan.size(tasks) if group.ordered else 1)
-    refuse_unfit(learner, plan, sample)
+    refuse_random(learner, plan, sample)
     random = learner.rehearse(task := take(sample, 0))
     learner.observe(task.support.x)  # for its warnings
     if random and group.ordered:
