@@ -304,3 +304,29 @@ def test_threads_have_the_precision_of_who_calls() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         threads, loop = (meta_gradient(learner, learner.init(), tasks, Plan(m))[1].task_loss for m in ("threads", "loop"))
     assert torch.equal(threads, loop) and not torch.equal(loop, plain)
+
+
+class Complex(nn.Module):
+    """Magnitudes of a complex product, as of signals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.w = nn.Parameter(torch.randn(3, 4, generator=generator, dtype=torch.complex128))
+        self.head = nn.Linear(4, 2).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((x.to(self.w.dtype) @ self.w).abs())  # type: ignore[no-any-return]
+
+
+def test_complex_weights_are_trained() -> None:
+    first, *_, last = train(algorithms.maml(Complex(), inner_lr=0.1), sampler, 20, 2, 1e-2)
+    assert last.loss < 0.9 * first.loss and last.meta.params["w"].is_complex()
+
+
+def test_weights_without_a_size_are_a_sentence() -> None:
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2)).double()
+    with pytest.raises(UserError, match=r"weights of the model have no size yet \(0.weight, 0.bias\); call it once with an ex"):
+        algorithms.maml(model)
+    model(ONE.support.x)
+    assert meta_gradient(algorithms.maml(model), algorithms.maml(model).init(), TASKS)[1].loss.isfinite()

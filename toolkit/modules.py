@@ -11,6 +11,7 @@ from types import FunctionType
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from toolkit.errors import UserError
 from toolkit.tree import Selection, matches
@@ -135,6 +136,8 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 def copy_modules(model: nn.Module) -> nn.Module:
     """A copy of the module tree that shares the tensors of `model`. Swapping parameters in it leaves `model` alone. Raises
     UserError for a layer that cannot be copied, or not such that the copy works with its own weights."""
+    if lazy := [name for name, p in (*model.named_parameters(), *model.named_buffers()) if is_lazy(p)]:
+        raise UserError(f"weights of the model have no size yet ({listed(lazy)}); call it once with an example before")
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     _refuse_closures(model, {*shared, *map(id, model.modules())})
     try:

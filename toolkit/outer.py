@@ -35,7 +35,7 @@ class Outer:
         that parts of a tensor come out otherwise than the whole."""
         if self.optimizer == "sgd":
             return torch.optim.SGD(leaves, lr=meta_lr)
-        return torch.optim.Adam(leaves, lr=meta_lr, fused=fused)
+        return torch.optim.Adam(leaves, lr=meta_lr, fused=fused and all(leaf.is_floating_point() for leaf in leaves))
 
     def rate(self, meta_lr: float, iteration: int, iterations: int) -> float:
         """The rate of iteration 0, 1, ..., `iterations` - 1."""
