@@ -199,6 +199,29 @@ def test_more_images_of_the_same_kind_are_another_cache() -> None:
     assert [pooled("plain", [[(image, 0)] * count]).entries for count in (64, 96, 64)] == [64, 96, 64]
 
 
+class Listed:
+    """Images of one colour and their labels, which it also lists."""
+
+    def __init__(self, targets: list[int]) -> None:
+        self.targets = targets
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, i: int) -> tuple[Any, int]:
+        return Image.fromarray(pixels(0, 0)), self.targets[i]
+
+
+def test_other_labels_of_items_that_are_not_looked_at_are_another_cache() -> None:
+    count = 320
+    looked_at = {i * (count - 1) // 31 for i in range(32)}
+    first = Listed([i % 2 for i in range(count)])
+    second = Listed([i % 2 if i in looked_at else 0 for i in range(count)])
+    assert [pooled("listed", [each]).sizes.tolist() for each in (first, second)] == [
+        [each.targets.count(label) for label in (0, 1)] for each in (first, second)
+    ]
+
+
 @pytest.mark.parametrize("name", SETS)
 def test_data_that_is_not_there_is_one_sentence_and_nothing_is_fetched(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

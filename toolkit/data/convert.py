@@ -65,7 +65,7 @@ def from_dataset(
     labels = []
     for i, (item, label) in enumerate(read(dataset, size, channels, source)):
         if items is None:
-            quick = _quick_labels(dataset, total, label)
+            quick = quick_labels(dataset, total, label)
             if quick is not None:
                 numbered(quick, source, relabel)
             items = torch.empty(total, *item.shape, dtype=item.dtype)
@@ -96,7 +96,7 @@ def read(
         first = item if first is None else first
         if item.shape != first.shape or item.dtype != first.dtype:
             raise _differs(first, item, i, source)
-        yield item, _plain(label)
+        yield item, plain(label)
 
 
 def grouped(items: Tensor, labels: Any, names: Sequence[str] | None, source: str, relabel: bool = False) -> ClassBank:
@@ -165,19 +165,19 @@ def _class_names(dataset: Any, labels: list[Any]) -> Sequence[str] | None:
     return [str(classes[label]) for label in sorted(set(labels))]
 
 
-def _quick_labels(dataset: Any, total: int, label: Any) -> Any:
+def quick_labels(dataset: Any, total: int, label: Any) -> Any:
     """The labels that the dataset lists, unless its first item says that the list means something else."""
     for attribute in QUICK:
         found = getattr(dataset, attribute, None)
         if found is None or not hasattr(found, "__len__") or getattr(found, "ndim", 1) == 0 or len(found) != total:
             continue
-        listed = _plain(found[0])
+        listed = plain(found[0])
         if getattr(dataset, "target_transform", None) is None and type(listed) is type(label) and listed == label:
             return found
     return None
 
 
-def _plain(label: Any) -> Any:
+def plain(label: Any) -> Any:
     """A number of numpy or torch, or an array of one, as Python's own."""
     one = label.numel() if isinstance(label, Tensor) else getattr(label, "size", None)
     return label.item() if one == 1 and hasattr(label, "item") else label

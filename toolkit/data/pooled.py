@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from toolkit.data.bank import ClassBank
-from toolkit.data.convert import from_dataset, grouped, numbered, read
+from toolkit.data.convert import from_dataset, grouped, numbered, plain, quick_labels, read
 from toolkit.data.stored import Write, stored
 from toolkit.errors import UserError, unknown
 
@@ -29,18 +29,22 @@ def pooled(
 ) -> ClassBank:
     """The images of several map-style datasets with the same classes as one bank, decoded once into the cache.
 
-    The cache is keyed by the settings, the number of items of each part, and the pixels and labels of 32 items spread evenly
-    over each. Only uint8 items are cached. Raises UserError as `from_dataset`.
+    The cache is keyed by the settings, the number of items of each part, the pixels and labels of 32 items spread evenly over
+    each, and all labels of those that list them. Only uint8 items are cached. Raises UserError as `from_dataset`.
     """
     from torch.utils.data import ConcatDataset
 
     whole: Any = ConcatDataset(list(parts))
-    looks = [(item, label) for part in parts for item, label in read(part, size, channels, name, _spread(len(part)))]
+    pairs = [list(read(part, size, channels, name, _spread(len(part)))) for part in parts]
+    looks = [look for of_part in pairs for look in of_part]
     if not looks or looks[0][0].dtype != torch.uint8:
         return from_dataset(whole, size, names, name, relabel, channels)
     digest = hashlib.sha256(f"{size} {channels} {[len(part) for part in parts]}".encode())
     for item, label in looks:
         digest.update(f"{tuple(item.shape)} {label!r}".encode() + item.contiguous().numpy().tobytes())
+    for part, of_part in zip(parts, pairs, strict=True):
+        listed = quick_labels(part, len(part), of_part[0][1]) if of_part else None
+        digest.update(repr(None if listed is None else [plain(label) for label in listed]).encode())
 
     def fill(write: Write) -> dict[str, Any]:
         return {"labels": written(write, read(whole, size, channels, name), name, relabel)}
