@@ -1,6 +1,7 @@
 """Losses and metrics of (prediction, y): scalars, the mean over the examples of one task that have a label.
 
-Classes are numbered from 0; an example of a negative class (`task.IGNORED`) counts nowhere.
+Classes are numbered from 0; an example of a negative class (`task.IGNORED`) counts nowhere. A metric of your own is called by
+its function's name, whose last word, accuracy, error or loss, tells comparisons what is better (`direction`).
 """
 
 from collections.abc import Callable
