@@ -2,6 +2,8 @@
 
 import importlib
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -179,6 +181,20 @@ def test_the_time_of_a_task_leaves_the_making_of_a_recording_out(monkeypatch: py
     own = learner()
     curve = evaluate(own, own.init(), stream, 5, 1, plan=Plan("vmap", trace=True))
     assert seconds[0] == 100.0 and curve.seconds_per_task == 0.0
+
+
+CHILD = "from toolkit.runs.summary import peak_mb; print(peak_mb('cpu'))"
+PARENT = f"""
+import subprocess, sys
+held = b"x" * 2**30
+print(subprocess.run([sys.executable, "-c", {CHILD!r}], capture_output=True, text=True, check=True).stdout)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where there is no such account, it is what getrusage says")
+def test_the_peak_of_a_run_is_not_that_of_who_started_it() -> None:
+    found = int(subprocess.run([sys.executable, "-c", PARENT], capture_output=True, text=True, check=True).stdout)
+    assert 50 < found < 1000
 
 
 def test_the_card_of_a_summary_is_that_of_the_curve() -> None:

@@ -1,6 +1,9 @@
-"""The C library's allocator, told to keep what we will ask for again, or to keep nothing."""
+"""The C library's allocator, told to keep what we will ask for again, or to keep nothing; and what the process holds."""
 
 import ctypes
+import re
+import sys
+from pathlib import Path
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
@@ -30,3 +33,16 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError):
         return
+
+
+def memory(key: str) -> int:
+    """A line of the kernel's account of this process in bytes: VmRSS, what it holds, or VmHWM, the most of it. (getrusage has
+    the most of whoever started it, where that was more.) Its peak where there is no such account."""
+    try:
+        found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        assert found is not None
+        return 1024 * int(found[1])
+    except OSError:
+        import resource  # not on every system
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -3,8 +3,6 @@
 import gc
 import logging
 import re
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from toolkit.allocator import return_freed_memory
+from toolkit.allocator import memory, return_freed_memory
 from toolkit.engine import gradient_function
 from toolkit.errors import UserError
 from toolkit.learner import Learner, Meta
@@ -181,9 +179,9 @@ def peak(work: Callable[[], object], device: torch.device | str = "cpu") -> int:
         return torch.cuda.max_memory_allocated(device) - before
     return_freed_memory()
     _forget_peak()
-    before = _memory("VmRSS")
+    before = memory("VmRSS")
     work()
-    return max(0, _memory("VmHWM") - before)
+    return max(0, memory("VmHWM") - before)
 
 
 def held(device: torch.device) -> int:
@@ -201,16 +199,6 @@ def _forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         log.debug("the peak of memory cannot be reset here; it is that of the whole process")
-
-
-def _memory(key: str) -> int:
-    """A line of the kernel's account of this process in bytes; its peak where there is no such account."""
-    try:
-        found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        assert found is not None
-        return 1024 * int(found[1])
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _limit(budget: str | int | None, tasks: Task) -> int:

@@ -3,7 +3,6 @@
 import platform
 import shlex
 import subprocess
-import sys
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 import toolkit
+from toolkit.allocator import memory
 from toolkit.cost import model_bytes, own_weights, stored_bytes
 from toolkit.curve import Curve
 from toolkit.learner import Learner, Meta
@@ -146,13 +146,10 @@ def command(flags: Any, experiment: str) -> str:
 
 
 def peak_mb(device: str) -> int:
-    """The most memory held so far: by the process on a CPU, taken by it from a GPU."""
+    """The most memory held since the plan was chosen: by the process on a CPU, taken by it from a GPU."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_reserved(device) // 2**20
-    import resource  # not on every system, and needed only here
-
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
+    return memory("VmHWM") // 2**20
 
 
 def _plain(values: Tensor) -> list[Any]:
