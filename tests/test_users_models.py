@@ -69,6 +69,24 @@ class Renormed(nn.Linear):
         return super().forward(x)
 
 
+class Swapped(nn.Linear):
+    """Puts a frozen parameter in the place of its weight by way of `data`."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 4)
+        self.other = nn.Parameter(torch.zeros(4, 3), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data = self.other
+        return super().forward(x)
+
+
+def test_a_parameter_is_no_way_around_the_refusal() -> None:
+    learner = algorithms.anil(named(a=Swapped(), head=nn.Linear(4, 2)))
+    with pytest.raises(UserError, match="by which a weight changes unseen"):
+        meta_gradient(learner, learner.init(), TASKS, Plan("loop"))
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("plan", [Plan("vmap"), Plan("loop"), Plan("threads"), Plan("loop", trace=True)], ids=str)
 def test_weights_that_change_in_a_forward_pass_are_refused(plan: Plan) -> None:

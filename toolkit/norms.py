@@ -61,7 +61,7 @@ class Norms(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _REFUSED and not getattr(args[-1], "__module__", "").startswith("torch."):  # whose counters hook on tensors
+        if func in _REFUSED and not _counts(func, args):
             raise UserError(f"the model uses {getattr(func, '__qualname__', func)}, {_REFUSED[func]}")
         if func in (F.scaled_dot_product_attention, F.multi_head_attention_forward):
             self.attention = True
@@ -214,6 +214,11 @@ _UNSAID = "by which a weight changes unseen; make it of another one, as torch.nn
 _HOOK = "but a hook on a tensor sees other gradients by each plan; scale or clip in the forward instead"
 _REFUSED: dict[Any, str] = dict.fromkeys((torch.native_layer_norm, torch.native_batch_norm, torch.native_group_norm), _UNSEEN)
 _REFUSED |= {Tensor.register_hook: _HOOK, Tensor.data.__set__: _UNSAID}  # type: ignore[attr-defined]
+
+
+def _counts(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether it is a hook of torch's own, whose counters of operations hook on tensors."""
+    return func is Tensor.register_hook and len(args) > 1 and str(getattr(args[1], "__module__", "")).startswith("torch.")
 
 
 def _affine(

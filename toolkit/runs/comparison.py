@@ -159,9 +159,9 @@ def comparison(made: Sequence[Entry], step: int | None = None) -> str:
         if entry is not base:
             found = difference(entry, base, step)
             won, lost = (found.losses, found.wins) if direction(name) < 0 else (found.wins, found.losses)
-            tasks = f"{won}, {found.ties}, {lost}"
+            counts = f"{won}, {found.ties}, {lost}"
             gap = _pair(found.mean, found.ci95, percent, signed=True)
-            line += f"  {gap:>19}  {tasks:>17}  p = {found.p_sign:<7.2g}  {verdict(found, name)}"
+            line += f"  {gap:>19}  {counts:>17}  p = {found.p_sign:<7.2g}  {verdict(found, name)}"
             line += f" ({found.lost} tasks without a finite value left out)" if found.lost else ""
         lines.append(line)
     seeds = max(len(entry.seeds) for entry in made)
@@ -199,12 +199,12 @@ def rows(runs: Mapping[str, Sequence[Run]], base: str = "maml", seedless: Collec
             "inner_lr": entry.runs[0].config["inner_lr"],
             "chance": entry.runs[0].summary["chance"],
         })  # fmt: skip
-    sign, losses = direction(made[0].curve.metric_name), {entry.method: entry.curve for entry in made}
+    sign, curves = direction(made[0].curve.metric_name), {entry.method: entry.curve for entry in made}
 
     def rank(row: dict[str, Any]) -> float:
         value = row["mean"][row["trained_steps"]]
         if not sign and value is not None:
-            curve = losses[row["method"]]
+            curve = curves[row["method"]]
             value = _finite(float(curve.mean(curve.loss)[row["trained_steps"]]))
         return math.inf if value is None else -(sign or -1) * value
 
