@@ -393,6 +393,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
     "far too few classes": (lambda root: pictures(root, 4, 1), {}, "has 4 classes, .* 5 each; add 11 classes$"),
     "too few of enough images": (lambda root: pictures(root, 15, 1), {"min_images": 2}, "has 0 classes of 2 or more images, "),
     "no test": (lambda root: [pictures(root / s, 2) for s in ("train", "val")], {}, "folders in train and val, but no test;"),
+    "two names": (
+        lambda root: [pictures(root / s, 2) for s in ("train", "val", "validation", "test")], {},
+        "has the folders val and validation, which name one split; put all of its classes into one of them",
+    ),
     "only test": (lambda root: [pictures(root / s, 2) for s in ("test", "more")], {}, "in test, but no train and no val;"),
     "shared class": (
         shared_class, {}, r"splits of \S+mine share 2 classes \('kind01' in test and train, 'kind02' in test and val\), but",

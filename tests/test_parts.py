@@ -19,6 +19,7 @@ from toolkit.parts import assemble, splits
 from toolkit.runs.folder import Run, size_words
 from toolkit.samplers import AllClasses, Augmented, Episodes, Sinusoid
 from toolkit.task import IGNORED, take
+from toolkit.testing import sizes
 
 MODULE = __name__
 
@@ -304,6 +305,18 @@ def test_results_are_labelled_by_the_sizes_that_tasks_have(tmp_path: Path) -> No
         found = Run(tmp_path / name)
         assert size_words(found.config, found.summary) == words
     assert size_words({"ways": 5, "shots": 1}, {}) == ["5-way", "1-shot"], "runs of earlier versions did not look"
+
+
+def test_a_size_that_differs_from_task_to_task_is_none() -> None:
+    """Whatever the first task has, which may be as large as the flags say."""
+    y = torch.tensor([[0, 1, 2, 3, 4], [0, 1, IGNORED, IGNORED, IGNORED], [0, 0, 1, 1, IGNORED]])
+    batch = Batch(torch.zeros(3, 5, 1), y)
+
+    def found(*chosen: int) -> dict[str, int | None]:
+        return sizes(Task(*(Batch(batch.x[list(chosen)], batch.y[list(chosen)]),) * 2))
+
+    assert found(0) == {"ways": 5, "shots": 1} and found(0, 1) == {"ways": None, "shots": 1}
+    assert found(1, 2) == {"ways": 2, "shots": None} and found(2, 2) == {"ways": 2, "shots": 2}
 
 
 def test_a_test_of_more_ways_than_validation_has() -> None:
